@@ -1,0 +1,1 @@
+"""What all methods have in common: specs, data, training, evaluation, cost, latency, records, leaderboard."""

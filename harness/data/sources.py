@@ -1,0 +1,208 @@
+"""Opens what a card points to: an .npz file, an ImageFolder tree, or any of timm's readers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from harness.data.cards import Card, check_sum
+from harness.errors import UserError
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
+_FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
+_NEEDED = {
+    "hfds": ("datasets", "load_dataset"),
+    "hfids": ("datasets", "load_dataset"),
+    "wds": ("webdataset", "WebDataset"),
+    "tfds": ("tensorflow_datasets", "builder"),
+}
+
+
+@dataclass
+class Arrays:
+    """A decoded split: images uint8 [N, C, S, S] with 1 or 3 channels, labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Files:
+    """A split that is decoded as it is read: `dataset` maps a number to (PIL image, label)."""
+
+    dataset: Dataset
+    labels: Tensor
+    listing: str  # identifies the files: names and sizes
+
+
+Split = Arrays | Files
+
+
+def open_split(card: Card, root: Path | None, which: str, image_size: int, workers: int) -> Split:
+    """The split "train" or "test" of a card: in memory where it fits. UserError for whatever is wrong with it."""
+    if card.reader == "npz":
+        return _open_npz(card, root, which, image_size)
+    dataset = _open_reader(card, root, which)
+    if isinstance(dataset, IterableDataset):
+        transform = evaluation_transform(image_size, card.crop_pct)
+        samples = ((transform(image.convert("RGB")), label) for image, label in dataset)
+        return _decode(card, samples, which, image_size)
+    if len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
+        decoded = Decoded(dataset, image_size, card.crop_pct)
+        return _decode(card, DataLoader(decoded, batch_size=None, num_workers=workers), which, image_size)
+    files = getattr(getattr(dataset, "reader", None), "samples", None) or getattr(dataset, "samples", None)
+    if files is None:
+        raise UserError(f"data card {card.name}: {len(dataset):,} images of {image_size} pixels do not fit into memory, and "
+                        f"the reader {card.reader} cannot be streamed yet; use an ImageFolder tree (reader: folder)")  # fmt: skip
+    labels = torch.tensor([label for _, label in files])
+    return Files(dataset, labels, _listing(files, root))
+
+
+def class_names(card: Card, root: Path | None) -> list[str] | None:
+    """Names of the classes of an ImageFolder tree; UserError where its splits have different ones."""
+    if card.reader != "folder" or root is None or root.is_file():
+        return None
+    found = {}
+    for which in ("train", "test"):
+        folder = _split_folder(card, root, which)
+        found[which] = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    for which, other in (("train", "test"), ("test", "train")):
+        extra = sorted(set(found[which]) - set(found[other]))
+        if extra:
+            raise UserError(f"{root}: the class folder {extra[0]!r} is in the {which} split, but not in the {other} split")
+    return found["train"]
+
+
+def count_classes(card: Card, train: Tensor, test: Tensor, names: list[str] | None) -> int:
+    """The number of classes. UserError where the card says another one than the data."""
+    found = len(names) if names else int(train.max()) + 1
+    if card.classes is not None and card.classes != found:
+        raise UserError(f"data card {card.name}: says {card.classes} classes, but the training images have {found}")
+    if int(test.max()) >= found or int(min(train.min(), test.min())) < 0:
+        raise UserError(f"data card {card.name}: labels must be 0 to {found - 1}; the test split has {int(test.max())}")
+    return found
+
+
+def check_sum_of(card: Card, root: Path | None, splits: dict[str, Split]) -> str:
+    """What tells this data from other data, for the records: of the file, of the decoded pixels, or of the listing."""
+    if card.reader == "npz":
+        return check_sum(card, root)
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        digest.update(name.encode())
+        if isinstance(split, Arrays):
+            digest.update(split.labels.numpy().tobytes())
+            digest.update(split.images.numpy().tobytes())
+        else:
+            digest.update(split.listing.encode())
+    return digest.hexdigest()
+
+
+def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
+    split = getattr(card.splits, which)
+    try:
+        with np.load(root, allow_pickle=False) as file:
+            images, labels = file[f"{split}_images"], file[f"{split}_labels"]
+    except KeyError as error:
+        raise UserError(f"{root}: {error.args[0]}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root}: not a readable .npz file ({error})") from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        raise UserError(f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3] with as many labels")
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    if tensor.shape[-2:] != (image_size, image_size):
+        tensor = _resize(tensor, image_size)
+    return Arrays(tensor, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """uint8 images [N, C, H, W] at another size, bicubic with antialiasing, a part at a time."""
+    parts = [
+        torch.nn.functional.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+        for part in images.split(512)
+    ]
+    return torch.cat(parts)
+
+
+def _open_reader(card: Card, root: Path | None, which: str) -> Any:
+    prefix = card.reader.lower().partition("/")[0]
+    package, attribute = _NEEDED.get(prefix, (None, None))
+    if package and not hasattr(_import(package), attribute):
+        raise UserError(f"data card {card.name}: the reader {card.reader} needs a package; install it with: pip install {package}")
+    split = getattr(card.splits, which)
+    try:
+        if card.reader == "folder":
+            place = root if root.is_file() else _split_folder(card, root, which)
+            return create_dataset("", root=str(place), search_split=False, **card.options)
+        return create_dataset(
+            card.reader, root=str(root) if root else None, split=split, download=card.download,
+            num_samples=card.sizes.get(which), **card.options,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        first_line = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise UserError(f"data card {card.name}: the {which} split ({card.reader}, {root or 'no root'}): {first_line}") from None
+
+
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        return None
+
+
+def _split_folder(card: Card, root: Path, which: str) -> Path:
+    names = dict.fromkeys((getattr(card.splits, which), *_FOLDER_NAMES[which]))
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        raise UserError(f"{root}: no folder for the {which} split; looked for {', '.join(names)}")
+    return folder
+
+
+class Decoded(Dataset):
+    """Any map-style dataset of PIL images as (uint8 array [3, S, S], label)."""
+
+    def __init__(self, dataset: Any, image_size: int, crop_pct: float) -> None:
+        self.dataset = dataset
+        self.transform = evaluation_transform(image_size, crop_pct)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = self.dataset[index]
+        return self.transform(image.convert("RGB")), int(label)
+
+
+def evaluation_transform(image_size: int, crop_pct: float) -> Any:
+    """timm's evaluation transform (bicubic resize, centre crop), ending in a uint8 array [3, S, S]."""
+    return create_transform(image_size, is_training=False, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True)
+
+
+def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Arrays:
+    """Reads (uint8 array [3, S, S], label) pairs to their end; UserError where they are too many for the memory limit."""
+    limit, images, labels = MEMORY_LIMIT // (3 * image_size**2), [], []
+    for image, label in samples:
+        images.append(torch.as_tensor(image))
+        labels.append(int(label))
+        if len(images) > limit:
+            raise UserError(f"data card {card.name}: the {which} split has more than {limit:,} images of {image_size} pixels; "
+                            f"{card.reader} cannot be streamed yet, use an ImageFolder tree (reader: folder)")  # fmt: skip
+    if not images:
+        raise UserError(f"data card {card.name}: the {which} split has no images")
+    return Arrays(torch.stack(images), torch.tensor(labels))
+
+
+def _listing(files: list[tuple[str, int]], root: Path | None) -> str:
+    base = str(root or "")
+    return "\n".join(f"{Path(name).relative_to(base) if base else name} {Path(name).stat().st_size} {label}" for name, label in files)

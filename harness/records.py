@@ -1,0 +1,142 @@
+"""Records: JSON files that are written once, whole, and are the only source of the leaderboard. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.spec import ROOT
+
+ENGINE_REVISION = 1  # raised whenever a change of the harness changes training results
+RETRIED = {"crash", "memory", "timeout"}  # failures that may go away by themselves
+
+
+def identify(content: dict[str, Any]) -> str:
+    """The id of what is described: 16 hexadecimal digits of the SHA-256 of its canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Which code ran: commit and whether the tree was dirty; None outside a git checkout."""
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is either whole or not there, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Store:
+    """The records of one benchmark: results/NAME/*.json; checkpoints of all benchmarks lie in results/checkpoints/."""
+
+    results: Path
+    benchmark: str
+
+    @property
+    def folder(self) -> Path:
+        return self.results / self.benchmark
+
+    def checkpoint(self, train_id: str) -> Path:
+        return self.results / "checkpoints" / f"{train_id}.pt"
+
+    def read(self, record_id: str) -> dict[str, Any] | None:
+        """The record of that id, from this benchmark, or copied here from another one that made the same."""
+        path = self.folder / f"{record_id}.json"
+        if path.exists():
+            return load(path)
+        elsewhere = next(iter(sorted(self.results.glob(f"*/{record_id}.json"))), None)
+        if elsewhere is None:
+            return None
+        record = load(elsewhere)
+        write_atomically(path, elsewhere.read_bytes())
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        write_atomically(self.folder / f"{record['id']}.json", _dump(record))
+
+    def failures(self, record_id: str) -> list[dict[str, Any]]:
+        """Earlier attempts that failed, oldest first."""
+        paths = self.folder.glob(f"{record_id}.attempt*.json")
+        return [load(path) for path in sorted(paths, key=_attempt_number)]
+
+    def fail(self, record_id: str, reason: str, message: str, **content: Any) -> Path:
+        """Writes ID.attemptN.json with the next N."""
+        path = self.folder / f"{record_id}.attempt{len(self.failures(record_id)) + 1}.json"
+        record = {"id": record_id, "kind": "failure", "reason": reason, "message": message, **content}
+        write_atomically(path, _dump(record))
+        return path
+
+    def forget_failures(self, record_id: str) -> None:
+        """A cell that succeeded, or is to be tried afresh, has no failed attempts any more."""
+        for path in self.folder.glob(f"{record_id}.attempt*.json"):
+            path.unlink()
+
+
+def _attempt_number(path: Path) -> int:
+    number = path.name.split(".attempt")[-1].removesuffix(".json")
+    return int(number) if number.isdigit() else 0
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A record. UserError for a file that is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"record {path}: {(error.strerror or str(error)).lower()}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"record {path}: not valid JSON ({error}); delete it to make it again") from None
+    if not isinstance(record, dict) or not {"id", "kind"} <= record.keys():
+        raise UserError(f"record {path}: has no id and kind, so it is no record of this project")
+    return record
+
+
+def load_all(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(benchmark, record) of all records, in a fixed order."""
+    for path in sorted(results.glob("*/*.json")):
+        if path.parent.name != "checkpoints":
+            yield path.parent.name, load(path)
+
+
+def find(results: Path, name: str) -> Path:
+    """The file of a record from its path, its id, or the beginning of its id."""
+    if Path(name).suffix == ".json" and Path(name).exists():
+        return Path(name)
+    found = sorted(results.glob(f"*/{name}*.json")) if name and "/" not in name and "*" not in name else []
+    whole = [path for path in found if ".attempt" not in path.name] or found
+    if not whole:
+        raise UserError(f"no record {name!r} in {results}; the ids are the file names there")
+    if len({path.name for path in whole}) > 1:
+        raise UserError(f"{len(whole)} records begin with {name!r}; give more digits: {', '.join(path.stem for path in whole[:5])}")
+    return whole[0]
+
+
+def _dump(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()

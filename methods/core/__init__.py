@@ -1,0 +1,1 @@
+"""What all methods share: the contract, the registry, the report, and the pieces that several methods are built from."""

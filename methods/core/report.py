@@ -1,0 +1,57 @@
+"""What a model kept: the one form in which every method tells it.
+
+Counting, plots and checks read only this, so they never need to know which method made the model. Tensors hold one
+value per image ([B]); B is 1 where the count is the same for every image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What one transformer block worked on.
+
+    keys, queries, mlp: number of tokens, prefix tokens (CLS, registers) included, int64 [B] each. They differ where
+        a method reduces tokens inside a block, or computes fewer queries than keys.
+    kept: patch numbers (0..N-1, prefix tokens excluded) that entered the block, int64 [B, n], -1 where an image has
+        fewer; None: all of them.
+    merged: for methods that merge: the slot that each original patch went to, int64 [B, N]; None otherwise.
+    active_heads: bool [H]; None: all.
+    attention_density: share of the query x key entries that are kept, float [B or 1, H]; None: all.
+    """
+
+    keys: Tensor
+    queries: Tensor
+    mlp: Tensor
+    kept: Tensor | None = None
+    merged: Tensor | None = None
+    active_heads: Tensor | None = None
+    attention_density: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """A module that the dense network does not have (predictor, approximation network, auto-encoder).
+
+    macs: multiply-adds per image as the paper has it, float64 [B]. block: index of the block it runs before, or None.
+    """
+
+    name: str
+    macs: Tensor
+    block: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One entry per block, in order; the density of every weight that is not dense, by parameter name (from the mask;
+    from zeros only for imported checkpoints that have no mask); and the overhead."""
+
+    blocks: tuple[BlockReport, ...]
+    weight_density: dict[str, float] = field(default_factory=dict)
+    overhead: tuple[Overhead, ...] = ()
