@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Sparse ViT Bench: trains, evaluates, measures and ranks sparse vision transformers. `python bench.py --help`."""
+
+# Imports of the harness stay inside the commands: torch and timm take seconds, and most mistakes can be told without.
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from harness.spec import Entry, Run
+
+ROOT = Path(__file__).resolve().parent
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Trains, evaluates, measures and ranks sparse vision transformers. Without a command: runs a benchmark.",
+)  # fmt: skip
+
+Methods = Annotated[str | None, typer.Option("--methods", metavar="A,B", help="Only these methods (dense and dense+ are added).")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the spec (budget.epochs=2) or a setting (dynamicvit.keep_rate=[0.9,0.7]). Repeatable."),
+]  # fmt: skip
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE", help="A Python file with further methods. Repeatable.")]
+Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="Where the records are.", show_default="results/")]
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    methods: Methods = None,
+    spec: Annotated[str, typer.Option(metavar="FILE", help="The benchmark: a YAML file or a name in benchmarks/.")] = "quick",
+    set_: Sets = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds, instead of the spec's.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of training and measuring: auto, float32 or bfloat16.")] = None,
+    data_root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the images are, instead of the card's root.")] = None,
+    results: Results = ROOT / "results",
+    plugin: Plugins = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make all records again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed with an error or diverged.")] = False,
+) -> None:
+    """Runs a benchmark and writes the leaderboard."""
+    if context.invoked_subcommand is not None:
+        return
+    from harness.data.cards import check_sum, find_root, load_card
+    from harness.spec import find_spec, load_run
+
+    overrides = [*(set_ or []), *([f"dtype={dtype}", f"measure.dtype={dtype}"] if dtype else [])]
+    changes = {"device": device} if device else {}
+    if seeds is not None:
+        changes["seeds"] = _numbers(seeds)
+    chosen = load_run(find_spec(spec), overrides, _names(methods), plugin or (), changes)
+    card, card_file = load_card(chosen.spec.data.card, chosen.folder)
+    root = find_root(card, card_file, data_root)
+    if card.reader == "npz":
+        check_sum(card, root)
+    raise typer.Exit(_execute(chosen, results, data_root, fresh, retry))
+
+
+def _execute(chosen: Run, results: Path, data_root: str | None, fresh: bool, retry: bool) -> int:
+    """Runs the cells, shows the tables, writes the leaderboard: 0, or 1 if a cell failed, or 130 after Ctrl-C."""
+    from harness.progress import Reporter
+    from harness.records import Store
+
+    with Reporter() as reporter:
+        try:
+            chosen.cells()  # wrong settings are told before the data is read
+            from harness.data.dataset import open_data
+            from harness.runner import Runner
+
+            data = open_data(chosen.spec.data, chosen.folder, data_root)
+            failed = Runner(chosen, data, Store(results, chosen.name), reporter, fresh, retry).execute()
+        except KeyboardInterrupt:
+            reporter.done("stopped; finished cells are kept, and the same command goes on with the rest")
+            return 130
+    _write_leaderboard(results, only=chosen.name)
+    return 1 if failed else 0
+
+
+@app.command()
+def leaderboard(
+    results: Results = ROOT / "results",
+    benchmark: Annotated[str | None, typer.Option(help="Show only this benchmark's tables (the file has all).")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers as CSV, too.")] = None,
+) -> None:
+    """Writes leaderboard.md from the records, and shows it."""
+    _write_leaderboard(results, benchmark, csv)
+
+
+@app.command("list")
+def list_() -> None:
+    """Methods, specs and data cards."""
+    import methods
+    from harness.overview import overview
+    from rich.console import Console
+
+    overview(Console(highlight=False), {name: methods.describe(name) for name in methods.available()})
+
+
+@app.command()
+def cost(
+    backbone: Annotated[str, typer.Option(help="Any of timm's vision transformers.")] = "deit_small_patch16_224",
+    methods: Methods = None,
+    set_: Sets = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels, instead of the backbone's own.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Rows as JSON: per image, in units.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """MACs and parameters of methods on a backbone, without training."""
+    entries, backbone_kwargs = _entries(methods, set_, plugin, backbone_keys=True)
+    from harness.overview import cost_rows, show_costs
+
+    rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size)
+    show_costs(rows, as_json=json)
+    for line in refused:
+        typer.echo(line, err=True)
+    raise typer.Exit(1 if refused else 0)
+
+
+@app.command()
+def check(
+    method: Annotated[str, typer.Argument(help="Its name.")],
+    set_: Sets = None,
+    plugin: Plugins = None,
+) -> None:
+    """Runs the conformance suite: does a method keep the contract?"""
+    entries, _ = _entries(method, set_, plugin)
+    from harness.conformance import check_method, show_findings
+    from harness.spec import expand
+
+    passed = True
+    for label, chosen in (row for entry in entries for row in expand(entry)):
+        passed &= show_findings(label, check_method(chosen))
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def show(
+    record: Annotated[str, typer.Argument(metavar="RECORD", help="A record's id (its beginning is enough) or file.")],
+    results: Results = ROOT / "results",
+) -> None:
+    """Shows a record."""
+    from harness import records
+    from harness.overview import show_record
+
+    show_record(records.load(records.find(results, record)))
+
+
+def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None) -> None:
+    from harness import render
+    from harness.leaderboard import tables
+    from rich.console import Console
+
+    everything = tables(results)
+    target = (ROOT if results.resolve() == ROOT / "results" else results) / "leaderboard.md"
+    render.write_markdown(everything, target)
+    if csv is not None:
+        render.write_csv(everything, csv)
+    shown = [table for table in everything if only is None or table.benchmark == only]
+    console = Console(highlight=False)
+    render.show(shown, console if console.is_terminal else Console(highlight=False, width=160))
+    typer.echo(f"{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(everything)} tables")
+
+
+def _entries(methods: str | None, sets: list[str] | None, plugins: list[str] | None, backbone_keys: bool = False) -> tuple[list[Entry], dict]:
+    """Entries of the named methods (all, where none is named) with METHOD.SETTING=VALUE applied, and backbone.KEY=VALUE."""
+    from harness.errors import UserError
+    from harness.spec import Entry, baseline_entries, known, parse_override, set_setting
+    from methods import available, load_plugin
+
+    try:
+        added = [name for path in plugins or () for name in load_plugin(path)]
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    names = known(_names(methods) or [*(entry.method for entry in baseline_entries()), *available(), *added])
+    entries, kwargs = [Entry(method=name) for name in dict.fromkeys(names)], {}
+    for override in sets or ():
+        key, value = parse_override(override)
+        head, *rest = key.split(".")
+        if backbone_keys and head == "backbone" and len(rest) == 1:
+            kwargs[rest[0]] = value
+        else:
+            entries = set_setting(entries, head, rest, value, ["backbone"] if backbone_keys else [])
+    return entries, kwargs
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("needs at least one method", param_hint="--methods")
+    return names
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} must be whole numbers with commas between, e.g. 0,1,2", param_hint="--seeds") from None
+
+
+def main() -> None:
+    from harness.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""From records to ranked tables: a pure function of the results folder. No torch here."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import methods
+from harness import records, stats
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Speed:
+    """One row's latency at one batch size; medians over the seeds."""
+
+    milliseconds: float
+    speed_up: float
+    realised: float
+    warm: bool
+
+
+@dataclass
+class Row:
+    """One method with its settings, over all seeds that were run."""
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+    seeds: list[int]
+    top1: float
+    top1_interval: float | None
+    top5: float
+    macs_dense: float
+    macs_theoretical: float
+    macs_executed: float
+    params: int
+    params_nonzero: int
+    difference: float | None = None  # of top-1 to dense+, over the common seeds
+    difference_interval: tuple[float, float] | None = None
+    p_value: float | None = None  # Holm-corrected; None where nothing is claimed
+    pareto: bool = False
+    speeds: dict[int, Speed] = field(default_factory=dict)  # by batch size
+    is_reference: bool = False
+
+
+@dataclass
+class Table:
+    """Rows that may be compared: same data, backbone, budget and recipe, timed on the same device."""
+
+    benchmark: str
+    context_id: str
+    context: dict[str, Any]
+    trained_on: str
+    timed_on: dict[str, str] | None  # device, driver, dtype, mode
+    rows: list[Row]
+    batches: list[int]
+
+
+def tables(results: Path, benchmark: str | None = None) -> list[Table]:
+    """All tables, in a fixed order: by benchmark, context, and timing device."""
+    train: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    measured: dict[str, list[Record]] = defaultdict(list)
+    for name, record in records.load_all(results):
+        if benchmark is not None and name != benchmark:
+            continue
+        if record["kind"] == "train":
+            train[name, record["context_id"]].append(record)
+        elif record["kind"] == "measure":
+            measured[name].append(record)
+    result = []
+    for (name, context_id), group in sorted(train.items()):
+        devices = _timing_devices(group, measured[name])
+        result.extend(_table(name, context_id, group, device, found) for device, found in devices)
+    return result
+
+
+def _timing_devices(group: list[Record], measures: list[Record]) -> list[tuple[dict[str, str] | None, list[Record]]]:
+    """The measure records that belong to a group, by what they were timed on."""
+    weights = {record["weights_id"] for record in group}
+    by_device: dict[str, list[Record]] = defaultdict(list)
+    for record in measures:
+        if record["weights_id"] in weights:
+            key = {part: record[part] for part in ("device", "driver", "dtype", "mode")}
+            by_device[json.dumps(key, sort_keys=True)].append(record)
+    return [(json.loads(key), found) for key, found in sorted(by_device.items())] or [(None, [])]
+
+
+def _table(name: str, context_id: str, group: list[Record], timed_on: dict | None, measures: list[Record]) -> Table:
+    newest = defaultdict(int)
+    for record in group:
+        newest[_who(record)] = max(newest[_who(record)], record["revision"])
+    by_row: dict[str, list[Record]] = defaultdict(list)
+    for record in group:
+        if record["revision"] == newest[_who(record)]:
+            by_row[_who(record)].append(record)
+    reference = by_row.get(_who({"method": methods.REFERENCE[0], "settings": methods.REFERENCE[1]}))
+    rows = [_row(found, reference, measures) for found in by_row.values()]
+    _correct(rows)
+    for row, best in zip(rows, stats.pareto([(row.macs_executed, row.top1) for row in rows]), strict=True):
+        row.pareto = best
+    rows.sort(key=lambda row: (-row.top1, row.macs_executed, row.label))
+    batches = sorted({batch for row in rows for batch in row.speeds})
+    return Table(name, context_id, group[0]["context"], group[0]["where"]["device"], timed_on, rows, batches)
+
+
+def _who(record: Record) -> str:
+    return json.dumps([record["method"], record["settings"]], sort_keys=True)
+
+
+def _row(found: list[Record], reference: list[Record] | None, measures: list[Record]) -> Row:
+    found = sorted(found, key=lambda record: record["seed"])
+    first = found[0]
+    top1, interval = stats.mean_interval([record["top1"] for record in found])
+    costs = {key: statistics.mean(record["cost"][key] for record in found) for key in first["cost"]}
+    row = Row(
+        label=first["label"], method=first["method"], settings=first["settings"], seeds=[record["seed"] for record in found],
+        top1=top1, top1_interval=interval, top5=statistics.mean(record["top5"] for record in found),
+        macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
+        params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=found == reference,
+    )  # fmt: skip
+    if reference is not None and not row.is_reference:
+        _compare(row, found, reference)
+    row.speeds = _speeds(row, found, measures)
+    return row
+
+
+def _compare(row: Row, found: list[Record], reference: list[Record]) -> None:
+    """Fills in the difference to dense+ over the seeds that both have; a test only from three seeds on."""
+    theirs = {record["seed"]: record for record in reference}
+    pairs = [(_correct_images(ours), _correct_images(theirs[ours["seed"]])) for ours in found if ours["seed"] in theirs]
+    if not pairs:
+        return
+    row.difference = float(np.mean([a.mean() - b.mean() for a, b in pairs]))
+    if len(pairs) >= stats.MIN_SEEDS:
+        row.difference, row.difference_interval, row.p_value = stats.paired_bootstrap(pairs)
+
+
+def _correct_images(record: Record) -> np.ndarray:
+    import base64
+
+    bits = np.frombuffer(base64.b64decode(record["correct"]), np.uint8)
+    return np.unpackbits(bits, count=record["test_images"]).astype(bool)
+
+
+def _correct(rows: list[Row]) -> None:
+    """Holm's correction over all rows of the table that are tested."""
+    tested = [row for row in rows if row.p_value is not None]
+    for row, adjusted in zip(tested, stats.holm([row.p_value for row in tested]), strict=True):
+        row.p_value = adjusted
+
+
+def _speeds(row: Row, found: list[Record], measures: list[Record]) -> dict[int, Speed]:
+    weights = {record["weights_id"] for record in found}
+    by_batch: dict[int, list[Record]] = defaultdict(list)
+    for record in measures:
+        if record["weights_id"] in weights:
+            by_batch[record["batch"]].append(record)
+    speeds = {}
+    for batch, same in sorted(by_batch.items()):
+        speed_up = statistics.median(record["latency"]["speed_up"] for record in same)
+        speeds[batch] = Speed(
+            milliseconds=statistics.median(record["latency"]["deployed"]["p50_ms"] for record in same),
+            speed_up=speed_up, realised=speed_up / (row.macs_dense / row.macs_theoretical),
+            warm=all(record["latency"]["deployed"]["warm"] and record["latency"]["dense"]["warm"] for record in same),
+        )  # fmt: skip
+    return speeds

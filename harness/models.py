@@ -1,0 +1,90 @@
+"""Builds backbones and rebuilds the models of cells from their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from harness.errors import UserError
+from harness.spec import Backbone
+from methods.core.registry import unknown
+
+
+def build(backbone: Backbone, classes: int | None, image_size: int | None, seed: int, drop_path: float = 0.0) -> nn.Module:
+    """The backbone with random weights, a function of the seed. UserError for a name or an argument that timm lacks."""
+    chosen = {"num_classes": classes, "img_size": image_size, "drop_path_rate": drop_path or None}
+    kwargs = {key: value for key, value in chosen.items() if value is not None} | backbone.kwargs
+    if not timm.is_model(backbone.name):
+        raise UserError(unknown_backbone(backbone.name))
+    torch.manual_seed(seed)
+    try:
+        return timm.create_model(backbone.name, **kwargs)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"backbone {backbone.name} with {kwargs}: {_first_line(error)}") from None
+
+
+def unknown_backbone(name: str) -> str:
+    """One line for a name that timm does not have; its list is long, so only the nearest match is shown."""
+    text = unknown("backbone", name, timm.list_models())
+    return text.split("; allowed:")[0] + "; any of timm's models" + ("; did" + text.split("; did")[1] if "; did" in text else "")
+
+
+def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Path) -> str:
+    """Loads dense weights, timm's or a file's, and returns what tells them from others. UserError where it fails."""
+    if weights == "timm":
+        expected = (model.pretrained_cfg or {}).get("num_classes")
+        if expected != model.num_classes:
+            raise UserError(f"dense.weights: timm's {backbone.name} has {expected} classes, the data has {model.num_classes}; "
+                            "train the dense network (weights: null) or give a file")  # fmt: skip
+        try:
+            pretrained = timm.create_model(backbone.name, pretrained=True, **backbone.kwargs)
+            model.load_state_dict(pretrained.state_dict())
+        except Exception as error:  # the hub's client raises errors of many kinds
+            raise UserError(f"dense.weights: timm's weights for {backbone.name} cannot be loaded ({_first_line(error)}); "
+                            "check the network, or give a file") from None  # fmt: skip
+    else:
+        path = next((p for p in (Path(weights), folder / weights) if p.is_file()), None)
+        if path is None:
+            raise UserError(f"dense.weights {weights}: no such file (and not the word timm)")
+        try:
+            model.load_state_dict(read_state(path))
+        except UserError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"dense.weights {weights}: does not fit {backbone.name}: {_first_line(error, 2)}") from None
+    return f"{weights if weights == 'timm' else 'file'}:{state_digest(model.state_dict())}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state dict in a .safetensors or torch file, bare or under the key "model" or "state_dict"."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            return content[key]
+    return content
+
+
+def state_digest(state: dict[str, Any]) -> str:
+    """SHA-256 over names, shapes and values of a state dict; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+    text = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
+    return " ".join(text[:lines]) or type(error).__name__

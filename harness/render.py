@@ -1,0 +1,149 @@
+"""Shows tables: as Markdown, as CSV, in the terminal. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from harness.leaderboard import Row, Table
+from harness.records import write_atomically
+from harness.stats import MIN_SEEDS
+
+HEADER = """# Leaderboard
+
+Generated from `results/` by `python bench.py leaderboard`; not edited by hand. A row is a method with its settings; rows
+of one table share data, backbone, budget and recipe. Each method starts from the same dense network per seed (or, if it
+trains from scratch, gets that network's budget as well) and is trained with its own losses and schedule.
+"""
+
+FOOTER = f"""
+**How to read this.**
+*top-1*: test accuracy of the deployed model after the last step, mean over seeds with the 95 % t-interval.
+*Δ dense+*: difference in points to dense+, the dense network trained on for the same adaptation budget with the common
+recipe. From {MIN_SEEDS} seeds on with the 95 % interval of a paired bootstrap over seeds and images and Holm's p-value over
+the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is shown, and nothing is claimed (†).
+*GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
+convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
+*run*: traced on the deployed model: what is masked but not skipped shows no saving here.
+*latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
+plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
+share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm after 30 s.
+◆: no other row is both at least as accurate and as cheap (GMACs run).
+"""
+
+
+def markdown(tables: list[Table]) -> str:
+    """The whole leaderboard."""
+    if not tables:
+        return HEADER + "\nNo results yet: run `python bench.py`.\n"
+    sections = [_section(table) for table in tables]
+    return HEADER + "\n" + "\n".join(sections) + FOOTER
+
+
+def _section(table: Table) -> str:
+    head, *body = _cells(table)
+    align = ["---", *["---:"] * (len(head) - 1)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
+    return f"## {table.benchmark}: {_title(table)}\n\n{_conditions(table)}\n\n" + "\n".join(lines) + "\n"
+
+
+def _title(table: Table) -> str:
+    data, backbone = table.context["data"], table.context["backbone"]
+    return f"{backbone['name']} on {data['card']}"
+
+
+def _conditions(table: Table) -> str:
+    context = table.context
+    budget, plan = context["budget"], context["plan"]
+    limit = f", at most {budget['max_steps']} steps each" if budget["max_steps"] else ""
+    sizes = ", ".join(f"{key} {value}" for key, value in context["backbone"]["kwargs"].items())
+    dense = "given dense weights" if context["dense_weights"] else f"{budget['epochs']:g} epochs dense"
+    text = (
+        f"{context['data']['image_size']} pixels{', ' + sizes if sizes else ''}; {dense} + {budget['adapt_epochs']:g} epochs adaptation"
+        f"{limit}; teacher: {context['distill']}; trained on {plan['device']} in {plan['dtype']}. "
+    )
+    if table.timed_on:
+        timed = table.timed_on
+        driver = f", {timed['driver']}" if timed["driver"] else ""
+        text += f"Timed on {timed['device']}{driver}, {timed['dtype']}, {timed['mode']}. "
+    return text + f"`{table.context_id}`"
+
+
+def _cells(table: Table) -> list[list[str]]:
+    """Head and rows of a table, as text."""
+    head = ["method", "seeds", "top-1 %", "Δ dense+", "GMACs dense", "theory", "run", "params M"]
+    head += [f"latency, batch {batch}" for batch in table.batches]
+    return [head, *[[*_facts(row), *[_speed(row, batch) for batch in table.batches]] for row in table.rows]]
+
+
+def _facts(row: Row) -> list[str]:
+    interval = f" ± {row.top1_interval * 100:.2f}" if row.top1_interval is not None else ""
+    params = f"{row.params / 1e6:.3f}"
+    if row.params_nonzero != row.params:
+        params += f" ({row.params_nonzero / 1e6:.3f} non-zero)"
+    return [
+        row.label + (" ◆" if row.pareto else ""), str(len(row.seeds)), f"{row.top1 * 100:.2f}{interval}", _difference(row),
+        *(f"{macs / 1e9:.4f}" for macs in (row.macs_dense, row.macs_theoretical, row.macs_executed)), params,
+    ]  # fmt: skip
+
+
+def _difference(row: Row) -> str:
+    if row.is_reference:
+        return "reference"
+    if row.difference is None:
+        return ""
+    text = f"{row.difference * 100:+.2f}"
+    if row.difference_interval is None:
+        return text + " †"
+    low, high = row.difference_interval
+    star = "*" if row.p_value < 0.05 else ""
+    return f"{text}{star} [{low * 100:+.2f}, {high * 100:+.2f}] p={row.p_value:.2g}"
+
+
+def _speed(row: Row, batch: int) -> str:
+    speed = row.speeds.get(batch)
+    if speed is None:
+        return ""
+    return f"{speed.milliseconds:.2f} ms, {speed.speed_up:.2f}x ({speed.realised:.2f}){'' if speed.warm else ' ?'}"
+
+
+def show(tables: list[Table], console: Console) -> None:
+    """The same tables in the terminal."""
+    for table in tables:
+        head, *body = _cells(table)
+        rich = RichTable(title=f"{table.benchmark}: {_title(table)}", title_justify="left")
+        for index, name in enumerate(head):
+            rich.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        for cells in body:
+            rich.add_row(*cells)
+        console.print(rich)
+
+
+def frame(tables: list[Table]) -> pd.DataFrame:
+    """One line per row and batch size, in plain numbers (MACs, milliseconds, shares)."""
+    lines = []
+    for table in tables:
+        for row in table.rows:
+            base = {
+                "benchmark": table.benchmark, "context": table.context_id, "data": table.context["data"]["card"],
+                "backbone": table.context["backbone"]["name"], "label": row.label, "method": row.method,
+                "settings": row.settings, "seeds": len(row.seeds), "top1": row.top1, "top1_interval": row.top1_interval,
+                "top5": row.top5, "difference": row.difference, "p_value": row.p_value, "macs_dense": row.macs_dense,
+                "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
+                "params_nonzero": row.params_nonzero, "pareto": row.pareto, **(table.timed_on or {}),
+            }  # fmt: skip
+            for batch, speed in row.speeds.items() or {None: None}.items():
+                extra = {} if speed is None else {"batch": batch, "ms": speed.milliseconds, "speed_up": speed.speed_up, "realised": speed.realised}
+                lines.append(base | extra)
+    return pd.DataFrame(lines)
+
+
+def write_markdown(tables: list[Table], path: Path) -> None:
+    write_atomically(path, markdown(tables).encode())
+
+
+def write_csv(tables: list[Table], path: Path) -> None:
+    write_atomically(path, frame(tables).to_csv(index=False, lineterminator="\n").encode())

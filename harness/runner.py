@@ -1,0 +1,292 @@
+"""Runs the cells of a benchmark: trains, evaluates, counts and measures what has no record yet."""
+
+from __future__ import annotations
+
+import copy
+import io
+import traceback
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import methods
+from harness import cost, latency, models
+from harness import device as devices
+from harness.data.dataset import ImageData
+from harness.errors import UserError
+from harness.evaluate import evaluate, pack
+from harness.progress import Reporter
+from harness.records import ENGINE_REVISION, RETRIED, Store, identify, provenance, write_atomically
+from harness.spec import Cell, Recipe, Run
+from harness.train import Diverged, budget_steps, make_criterion, run_phases
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cell's model in the form that trains, in eval mode, and the log of its phases."""
+
+    sparse: nn.Module
+    phases: list[dict[str, Any]]
+
+
+class DenseFailed(RuntimeError):
+    """The dense network that a cell starts from could not be trained."""
+
+
+class Runner:
+    """One run of a benchmark: `execute` does all cells and returns how many failed."""
+
+    def __init__(
+        self, run: Run, data: ImageData, store: Store, reporter: Reporter, fresh: bool = False, retry: bool = False
+    ) -> None:
+        self.run, self.spec, self.data, self.store, self.reporter = run, run.spec, data, store, reporter
+        self.fresh, self.retry = fresh, retry
+        self.plan = devices.plan(self.spec.device, self.spec.dtype)
+        self.trained: dict[str, Trained] = {}
+        self.made_fresh: set[str] = set()
+
+    def execute(self) -> int:
+        """Cell by cell; a failed one does not stop the others."""
+        cells, failed = self.run.cells(), 0
+        for number, cell in enumerate(cells, 1):
+            name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
+            try:
+                failed += not self._do(cell, name)
+            finally:
+                self._forget_others(cell)
+        return failed
+
+    @cached_property
+    def context(self) -> dict[str, Any]:
+        """What all rows of a table have in common, so that they may be compared."""
+        spec = self.spec
+        return {
+            "data": self.data.identity, "backbone": spec.backbone.model_dump(), "dense_weights": self._dense_weights,
+            "budget": spec.budget.model_dump(), "recipe": spec.recipe.model_dump(), "adapt": spec.adapt_recipe.model_dump(),
+            "distill": spec.distill, "plan": self.plan.identity, "engine": ENGINE_REVISION,
+        }  # fmt: skip
+
+    @cached_property
+    def _dense_weights(self) -> str | None:
+        """What tells given dense weights from others; None where dense is trained here."""
+        return models.load_weights(self._build(0, 0.0), self.spec.dense.weights, self.spec.backbone, self.run.folder) if (
+            self.spec.dense.weights) else None  # fmt: skip
+
+    def record_id(self, cell: Cell) -> str:
+        """The id of the cell's train record."""
+        return identify({"context": self.context, **self._method_of(cell), "seed": cell.seed})
+
+    def weights_id(self, cell: Cell) -> str:
+        """What determines the cell's weights; a checkpoint is kept under it. Unlike the record's id it leaves out what only
+        matters to other cells, so that one dense network serves many benchmarks."""
+        recipe, epochs = self._training_of(cell)
+        content = {
+            "data": self.data.identity, "backbone": self.spec.backbone.model_dump(), "plan": self.plan.identity,
+            "engine": ENGINE_REVISION, "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps,
+            "dense_weights": self._dense_weights, **self._method_of(cell), "seed": cell.seed,
+        }  # fmt: skip
+        if cell.method.start == "dense" or self._has_teacher(cell):
+            content |= {"dense": self.weights_id(self._dense_cell(cell)), "teacher": self._has_teacher(cell)}
+        return identify(content)
+
+    def _method_of(self, cell: Cell) -> dict[str, Any]:
+        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision}
+
+    def _dense_cell(self, cell: Cell) -> Cell:
+        name, settings = methods.BASELINE
+        return Cell("dense", methods.create(name, **settings), cell.seed)
+
+    def _is_baseline(self, cell: Cell) -> bool:
+        return (cell.method.name, cell.method.settings) == (methods.BASELINE[0], self._dense_cell(cell).method.settings)
+
+    def _has_teacher(self, cell: Cell) -> bool:
+        if self._is_baseline(cell) or self.spec.distill == "none":
+            return False
+        return cell.method.uses_teacher or self.spec.distill == "all"
+
+    def _training_of(self, cell: Cell) -> tuple[Recipe, float]:
+        """The recipe and the epochs that the cell may spend."""
+        budget = self.spec.budget
+        if cell.method.start == "dense":
+            return self.spec.adapt_recipe, budget.adapt_epochs
+        return self.spec.recipe, budget.epochs + (0.0 if self._is_baseline(cell) else budget.adapt_epochs)
+
+    def _do(self, cell: Cell, name: str) -> bool:
+        """Brings one cell's records up to date; False where it failed."""
+        record_id = self.record_id(cell)
+        if self.fresh or self.retry:
+            self.store.forget_failures(record_id)
+        earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
+        if earlier:
+            self.reporter.done(f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again")
+            return False
+        try:
+            record = None if self.fresh and record_id not in self.made_fresh else self.store.read(record_id)
+            present = record is not None
+            record = record or self._train_record(cell, record_id, name)
+            measured = self._measure(cell, record, name)
+        except UserError:
+            raise
+        except Exception as error:
+            reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
+            trace = traceback.format_exc().splitlines()[-12:]
+            path = self.store.fail(record_id, reason, message, label=cell.label, seed=cell.seed, traceback=trace, **self._method_of(cell))
+            self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
+            return False
+        self.store.forget_failures(record_id)
+        verb = "present" if present and not measured else "measured" if present else "done"
+        self.reporter.done(f"{name}: {verb}, top-1 {record['top1']:.2%}")
+        return True
+
+    def _train_record(self, cell: Cell, record_id: str, name: str) -> dict[str, Any]:
+        trained = self._weights(cell, name, self.fresh)
+        self.reporter.begin(name, "evaluating")
+        deployed = cell.method.deploy(trained.sparse)
+        test = evaluate(deployed, self.data, "test", self.plan)
+        val = evaluate(deployed, self.data, "val", self.plan) if len(self.data.val_ids) else None
+        images = next(self.data.eval_batches("val" if val else "test", self.spec.measure.images, torch.device("cpu"))).images
+        vit = self._build(cell.seed, 0.0)
+        sparse, on_cpu = _to_cpu(trained.sparse), _to_cpu(deployed)
+        record = {
+            "id": record_id, "kind": "train", "weights_id": self.weights_id(cell), "label": cell.label, "seed": cell.seed,
+            **self._method_of(cell), "context": self.context, "context_id": identify(self.context),
+            "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
+            "val_top1": val.top1 if val else None, "cost": asdict(cost.count(cell.method, vit, sparse, on_cpu, images)),
+            "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
+            "weights_sha256": models.state_digest(trained.sparse.state_dict()),
+            "where": devices.where(self.plan.device), "code": provenance(),
+        }  # fmt: skip
+        self.store.write(record)
+        self.made_fresh.add(record_id)
+        return record
+
+    def _weights(self, cell: Cell, name: str, fresh: bool = False) -> Trained:
+        """The cell's trained model: from memory, from its checkpoint, or by training it now."""
+        weights_id = self.weights_id(cell)
+        if weights_id in self.trained:
+            return self.trained[weights_id]
+        path = self.store.checkpoint(weights_id)
+        trained = self._load(cell, path) if path.exists() and not fresh else None
+        if trained is None:
+            trained = self._train(cell, name)
+            buffer = io.BytesIO()
+            torch.save({"model": trained.sparse.state_dict(), "phases": trained.phases}, buffer)
+            write_atomically(path, buffer.getvalue())
+        self.trained[weights_id] = trained
+        return trained
+
+    def _load(self, cell: Cell, path: Path) -> Trained | None:
+        """The model in a checkpoint; None where the file is damaged."""
+        sparse = self._sparse(cell)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            sparse.load_state_dict(content["model"])
+        except Exception as error:
+            self.reporter.say(f"checkpoint {path.name} cannot be used ({type(error).__name__}); training again")
+            return None
+        return Trained(sparse.to(self.plan.device).eval(), content["phases"])
+
+    def _train(self, cell: Cell, name: str) -> Trained:
+        recipe, epochs = self._training_of(cell)
+        if self._is_baseline(cell) and self.spec.dense.weights:
+            return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
+        if cell.method.start == "dense" or self._has_teacher(cell):
+            dense = self._dense(cell, name)
+        sparse = self._sparse(cell, dense if cell.method.start == "dense" else None)
+        teacher = _to_cpu(dense).to(self.plan.device) if self._has_teacher(cell) else None
+        for model in (sparse, teacher):
+            if model is not None:
+                devices.set_attention(model, self.plan.fused_attention)
+        self.reporter.begin(name, "training")
+        sparse = sparse.to(self.plan.device)
+        phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
+        steps = budget_steps(self.data, recipe, epochs, self.spec.budget.max_steps)
+        logs = run_phases(phases, steps, recipe, self.data, self.plan, cell.seed, self.reporter.watch)
+        return Trained(sparse.eval(), [asdict(log) for log in logs])
+
+    def _dense(self, cell: Cell, name: str) -> nn.Module:
+        """The trained dense network of the cell's seed."""
+        dense_cell = self._dense_cell(cell)
+        failures = self.store.failures(self.record_id(dense_cell))
+        if failures:
+            raise DenseFailed(f"the dense network that it starts from failed ({failures[-1]['message']})")
+        return self._weights(dense_cell, f"{name}, its dense network").sparse
+
+    def _sparse(self, cell: Cell, dense: nn.Module | None = None) -> nn.Module:
+        """The cell's model in the form that trains, with initial weights: a function of the seed."""
+        vit = self._build(cell.seed, self._training_of(cell)[0].drop_path)
+        if dense is not None:
+            vit.load_state_dict(dense.state_dict())
+        elif self._is_baseline(cell) and self.spec.dense.weights:
+            models.load_weights(vit, self.spec.dense.weights, self.spec.backbone, self.run.folder)
+        torch.manual_seed(cell.seed + 1)
+        return cell.method.sparsify(vit)
+
+    def _build(self, seed: int, drop_path: float) -> nn.Module:
+        return models.build(self.spec.backbone, self.data.classes, self.data.image_size, seed, drop_path)
+
+    def _measure(self, cell: Cell, record: dict[str, Any], name: str) -> bool:
+        """Makes the measure records that are missing; True where there were any."""
+        measure, device, made = self.spec.measure, self.plan.device, False
+        dtype = measure.dtype if measure.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+        for batch in measure.batch_sizes:
+            key = {
+                "weights_id": record["weights_id"], "device": devices.name(device), "driver": devices.driver(device),
+                "dtype": dtype, "mode": "eager", "batch": batch,
+            }  # fmt: skip
+            record_id = identify(key)
+            remeasure = self.fresh and record["id"] in self.made_fresh
+            if not remeasure and self.store.read(record_id) is not None:
+                continue
+            deployed, dense = cell.method.deploy(self._weights(cell, name).sparse), self._build(cell.seed, 0.0)
+            self.reporter.begin(name, f"measuring, batch {batch}")
+            images = self._images(batch)
+            rows = latency.compare(dense, deployed, images, dtype, measure.seconds)
+            self.store.write({
+                "id": record_id, "kind": "measure", **key, "images": "real", "label": cell.label, "latency": rows,
+                "where": devices.where(device), "code": provenance(),
+            })  # fmt: skip
+            made = True
+        return made
+
+    def _images(self, count: int) -> torch.Tensor:
+        """Real validation images on the device, repeated where there are too few."""
+        batches = self.data.eval_batches("test", min(count, len(self.data.test.labels)), self.plan.device)
+        images = next(batches).images
+        return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
+
+    def _forget_others(self, cell: Cell) -> None:
+        """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
+        dense = self.weights_id(self._dense_cell(cell))
+        self.trained = {key: value for key, value in self.trained.items() if key == dense}
+
+
+def _to_cpu(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _summary(report: methods.Report) -> dict[str, Any]:
+    """The report in a record: means over the images, a number per block."""
+    def mean(tensor: torch.Tensor) -> float:
+        return round(float(tensor.double().mean()), 3)
+
+    return {
+        "tokens": {
+            kind: [mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
+        },
+        "attention_density": [mean(block.attention_density) if block.attention_density is not None else 1.0 for block in report.blocks],
+        "weight_density": {name: round(density, 6) for name, density in report.weight_density.items()},
+        "overhead_macs": {extra.name: mean(extra.macs) for extra in report.overhead},
+    }  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "memory"
+    if isinstance(error, Diverged | FloatingPointError):
+        return "divergence"
+    return "unsupported" if isinstance(error, methods.Unsupported) else "error"
