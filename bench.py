@@ -21,29 +21,41 @@ app = typer.Typer(
     help="Trains, evaluates, measures and ranks sparse vision transformers. Without a command: runs a benchmark.",
 )  # fmt: skip
 
-Methods = Annotated[str | None, typer.Option("--methods", metavar="A,B", help="Only these methods (dense and dense+ are added).")]
+Methods = Annotated[
+    str | None, typer.Option("--methods", metavar="A,B", help="Only these methods (dense and dense+ are added).")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the spec (budget.epochs=2) or a setting (dynamicvit.keep_rate=[0.9,0.7]). Repeatable."),
 ]  # fmt: skip
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", metavar="FILE", help="A Python file with further methods. Repeatable.")]
-Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="Where the records are.", show_default="results/")]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", metavar="FILE", help="A Python file with further methods. Repeatable.")
+]
+Results = Annotated[
+    Path, typer.Option("--results", metavar="DIR", help="Where the records are.", show_default="results/")
+]
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
     methods: Methods = None,
-    spec: Annotated[str, typer.Option(metavar="FILE", help="The benchmark: a YAML file or a name in benchmarks/.")] = "quick",
+    spec: Annotated[
+        str, typer.Option(metavar="FILE", help="The benchmark: a YAML file or a name in benchmarks/.")
+    ] = "quick",
     set_: Sets = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds, instead of the spec's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of training and measuring: auto, float32 or bfloat16.")] = None,
-    data_root: Annotated[str | None, typer.Option(metavar="DIR", help="Where the images are, instead of the card's root.")] = None,
+    data_root: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the images are, instead of the card's root.")
+    ] = None,
     results: Results = ROOT / "results",
     plugin: Plugins = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Make all records again.")] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed with an error or diverged.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try cells again that failed with an error or diverged.")
+    ] = False,
 ) -> None:
     """Runs a benchmark and writes the leaderboard."""
     if context.invoked_subcommand is not None:
@@ -96,9 +108,10 @@ def leaderboard(
 @app.command("list")
 def list_() -> None:
     """Methods, specs and data cards."""
+    from rich.console import Console
+
     import methods
     from harness.overview import overview
-    from rich.console import Console
 
     overview(Console(highlight=False), {name: methods.describe(name) for name in methods.available()})
 
@@ -153,9 +166,10 @@ def show(
 
 
 def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None) -> None:
+    from rich.console import Console
+
     from harness import render
     from harness.leaderboard import tables
-    from rich.console import Console
 
     everything = tables(results)
     target = (ROOT if results.resolve() == ROOT / "results" else results) / "leaderboard.md"
@@ -165,10 +179,14 @@ def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None 
     shown = [table for table in everything if only is None or table.benchmark == only]
     console = Console(highlight=False)
     render.show(shown, console if console.is_terminal else Console(highlight=False, width=160))
-    typer.echo(f"{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(everything)} tables")
+    typer.echo(
+        f"{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(everything)} tables"
+    )
 
 
-def _entries(methods: str | None, sets: list[str] | None, plugins: list[str] | None, backbone_keys: bool = False) -> tuple[list[Entry], dict]:
+def _entries(
+    methods: str | None, sets: list[str] | None, plugins: list[str] | None, backbone_keys: bool = False
+) -> tuple[list[Entry], dict]:
     """Entries of the named methods (all, where none is named) with METHOD.SETTING=VALUE applied, and backbone.KEY=VALUE."""
     from harness.errors import UserError
     from harness.spec import Entry, baseline_entries, known, parse_override, set_setting
@@ -203,7 +221,9 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} must be whole numbers with commas between, e.g. 0,1,2", param_hint="--seeds") from None
+        raise typer.BadParameter(
+            f"{text!r} must be whole numbers with commas between, e.g. 0,1,2", param_hint="--seeds"
+        ) from None
 
 
 def main() -> None:

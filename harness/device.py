@@ -118,7 +118,12 @@ def where(device: torch.device) -> dict[str, Any]:
     import fvcore
     import timm
 
-    packages = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__, "fvcore": fvcore.__version__}
+    packages = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "fvcore": fvcore.__version__,
+    }
     return {
         "device": name(device), "driver": driver(device), "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None, "packages": packages,

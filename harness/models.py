@@ -15,7 +15,9 @@ from harness.spec import Backbone
 from methods.core.registry import unknown
 
 
-def build(backbone: Backbone, classes: int | None, image_size: int | None, seed: int, drop_path: float = 0.0) -> nn.Module:
+def build(
+    backbone: Backbone, classes: int | None, image_size: int | None, seed: int, drop_path: float = 0.0
+) -> nn.Module:
     """The backbone with random weights, a function of the seed. UserError for a name or an argument that timm lacks."""
     chosen = {"num_classes": classes, "img_size": image_size, "drop_path_rate": drop_path or None}
     kwargs = {key: value for key, value in chosen.items() if value is not None} | backbone.kwargs
@@ -31,7 +33,11 @@ def build(backbone: Backbone, classes: int | None, image_size: int | None, seed:
 def unknown_backbone(name: str) -> str:
     """One line for a name that timm does not have; its list is long, so only the nearest match is shown."""
     text = unknown("backbone", name, timm.list_models())
-    return text.split("; allowed:")[0] + "; any of timm's models" + ("; did" + text.split("; did")[1] if "; did" in text else "")
+    return (
+        text.split("; allowed:")[0]
+        + "; any of timm's models"
+        + ("; did" + text.split("; did")[1] if "; did" in text else "")
+    )
 
 
 def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Path) -> str:

@@ -68,12 +68,16 @@ def show_costs(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    table = Table("method", "settings that differ from the defaults", "GMACs dense", "theory", "run", "params M", "non-zero M")
+    table = Table(
+        "method", "settings that differ from the defaults", "GMACs dense", "theory", "run", "params M", "non-zero M"
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for row in rows:
         macs = [f"{row[key] / 1e9:.4f}" for key in ("macs_dense", "macs_theoretical", "macs_executed")]
-        table.add_row(row["method"], _changed(row), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero")))
+        table.add_row(
+            row["method"], _changed(row), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero"))
+        )
     console = Console(highlight=False)
     console.print(table)
     backbone = rows[0]["backbone"] if rows else ""
@@ -104,7 +108,9 @@ def _lines(content: dict[str, Any], indent: str) -> list[str]:
         elif key == "phases":
             for phase in value:
                 last = phase["curve"][-1] if phase["curve"] else {}
-                lines.append(f"{indent}phase {phase['name']}: {phase['steps']} steps, {phase['images']} images, {phase['seconds']:g} s, end {last}")
+                lines.append(
+                    f"{indent}phase {phase['name']}: {phase['steps']} steps, {phase['images']} images, {phase['seconds']:g} s, end {last}"
+                )
         elif isinstance(value, dict):
             lines += [f"{indent}{key}:", *_lines(value, indent + "  ")] if value else []
         else:

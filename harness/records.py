@@ -26,6 +26,7 @@ def identify(content: dict[str, Any]) -> str:
 
 def provenance() -> dict[str, Any]:
     """Which code ran: commit and whether the tree was dirty; None outside a git checkout."""
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
@@ -134,7 +135,9 @@ def find(results: Path, name: str) -> Path:
     if not whole:
         raise UserError(f"no record {name!r} in {results}; the ids are the file names there")
     if len({path.name for path in whole}) > 1:
-        raise UserError(f"{len(whole)} records begin with {name!r}; give more digits: {', '.join(path.stem for path in whole[:5])}")
+        raise UserError(
+            f"{len(whole)} records begin with {name!r}; give more digits: {', '.join(path.stem for path in whole[:5])}"
+        )
     return whole[0]
 
 

@@ -136,7 +136,16 @@ def frame(tables: list[Table]) -> pd.DataFrame:
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, **(table.timed_on or {}),
             }  # fmt: skip
             for batch, speed in row.speeds.items() or {None: None}.items():
-                extra = {} if speed is None else {"batch": batch, "ms": speed.milliseconds, "speed_up": speed.speed_up, "realised": speed.realised}
+                extra = (
+                    {}
+                    if speed is None
+                    else {
+                        "batch": batch,
+                        "ms": speed.milliseconds,
+                        "speed_up": speed.speed_up,
+                        "realised": speed.realised,
+                    }
+                )
                 lines.append(base | extra)
     return pd.DataFrame(lines)
 

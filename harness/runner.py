@@ -122,7 +122,9 @@ class Runner:
             self.store.forget_failures(record_id)
         earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
         if earlier:
-            self.reporter.done(f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again")
+            self.reporter.done(
+                f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again"
+            )
             return False
         try:
             record = None if self.fresh and record_id not in self.made_fresh else self.store.read(record_id)
@@ -134,7 +136,9 @@ class Runner:
         except Exception as error:
             reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
             trace = traceback.format_exc().splitlines()[-12:]
-            path = self.store.fail(record_id, reason, message, label=cell.label, seed=cell.seed, traceback=trace, **self._method_of(cell))
+            path = self.store.fail(
+                record_id, reason, message, label=cell.label, seed=cell.seed, traceback=trace, **self._method_of(cell)
+            )
             self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
             return False
         self.store.forget_failures(record_id)
@@ -148,7 +152,9 @@ class Runner:
         deployed = cell.method.deploy(trained.sparse)
         test = evaluate(deployed, self.data, "test", self.plan)
         val = evaluate(deployed, self.data, "val", self.plan) if len(self.data.val_ids) else None
-        images = next(self.data.eval_batches("val" if val else "test", self.spec.measure.images, torch.device("cpu"))).images
+        images = next(
+            self.data.eval_batches("val" if val else "test", self.spec.measure.images, torch.device("cpu"))
+        ).images
         vit = self._build(cell.seed, 0.0)
         sparse, on_cpu = _to_cpu(trained.sparse), _to_cpu(deployed)
         record = {
@@ -271,6 +277,7 @@ def _to_cpu(model: nn.Module) -> nn.Module:
 
 def _summary(report: methods.Report) -> dict[str, Any]:
     """The report in a record: means over the images, a number per block."""
+
     def mean(tensor: torch.Tensor) -> float:
         return round(float(tensor.double().mean()), 3)
 

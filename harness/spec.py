@@ -174,7 +174,9 @@ class Run:
                 if any(method.name == m.name and method.settings == m.settings for _, m in rows):
                     continue
                 if any(label == other for other, _ in rows):
-                    raise UserError(f"{self.name}: two rows are called {label!r}; give one of the entries another label")
+                    raise UserError(
+                        f"{self.name}: two rows are called {label!r}; give one of the entries another label"
+                    )
                 rows.append((label, method))
         return [Cell(label, method, seed) for seed in self.spec.seeds for label, method in rows]
 
@@ -182,12 +184,16 @@ class Run:
 def baseline_entries() -> tuple[Entry, Entry]:
     """The rows that every run has: dense, and dense+ (dense trained on for the adaptation budget)."""
     (base, settings), (reference, continued) = methods.BASELINE, methods.REFERENCE
-    return Entry(method=base, settings=settings, label="dense"), Entry(method=reference, settings=continued, label="dense+")
+    return Entry(method=base, settings=settings, label="dense"), Entry(
+        method=reference, settings=continued, label="dense+"
+    )
 
 
 def expand(entry: Entry) -> list[tuple[str, methods.Method]]:
     """The entry's sweep: (label, method) per combination of its lists of values."""
-    lists = {key: value for key, value in entry.settings.items() if isinstance(value, list) and not _accepts(entry, key)}
+    lists = {
+        key: value for key, value in entry.settings.items() if isinstance(value, list) and not _accepts(entry, key)
+    }
     empty = next((key for key, value in lists.items() if not value), None)
     if empty:
         raise UserError(f"{entry.method}.{empty}: an empty list of values")
@@ -212,13 +218,13 @@ def _accepts(entry: Entry, key: str) -> bool:
 
 
 def _label(entry: Entry, chosen: dict[str, Any], swept: list[str]) -> str:
-    if entry.label and "{" in entry.label:
-        try:
-            return entry.label.format(**chosen)
-        except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"label {entry.label!r}: {error} is no setting of this entry") from None
-    named = [f"{key}={chosen[key]}" for key in (swept if entry.label else chosen)]
-    return " ".join([entry.label or entry.method, *named])
+    """The row's label; what is swept appears in it, by a {setting} or at its end."""
+    try:
+        label = entry.label.format(**chosen) if entry.label else entry.method
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"label {entry.label!r}: {error} is no setting of this entry") from None
+    shown = [key for key in (swept if entry.label else chosen) if f"{{{key}}}" not in (entry.label or "")]
+    return " ".join([label, *(f"{key}={chosen[key]}" for key in shown)])
 
 
 def find_spec(name: str) -> Path:
@@ -276,7 +282,7 @@ def set_setting(
 ) -> list[Entry]:
     """`entries` with METHOD.SETTING = value in every entry of that method."""
     if method not in methods.available():
-        raise UserError(f"--set: {unknown('key', method, [*keys, *methods.available()])}")
+        raise UserError(f"--set: {unknown('key', method, dict.fromkeys([*keys, *methods.available()]))}")
     if len(rest) != 1:
         raise UserError(f"--set {'.'.join([method, *rest])}: must be METHOD.SETTING=VALUE")
     if all(entry.method != method for entry in entries):

@@ -21,7 +21,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean, float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) * spread
 
 
-def paired_bootstrap(pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0) -> tuple[float, tuple[float, float], float]:
+def paired_bootstrap(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0
+) -> tuple[float, tuple[float, float], float]:
     """Difference in accuracy between two rows that were trained with the same seeds and tested on the same images.
 
     pairs: per seed, (correct, correct of the reference), bool [N]. Resamples seeds, and within each drawn seed images.
@@ -59,5 +61,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Which (cost, accuracy) points no other point beats in both (as good in one, better in the other)."""
     return [
-        not any((c <= cost and a >= accuracy) and (c < cost or a > accuracy) for c, a in points) for cost, accuracy in points
+        not any((c <= cost and a >= accuracy) and (c < cost or a > accuracy) for c, a in points)
+        for cost, accuracy in points
     ]

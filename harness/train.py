@@ -97,7 +97,15 @@ def run_phases(
 
 
 def _train(
-    phase: TrainPhase, first: int, last: int, recipe: Recipe, data: ImageData, plan: Plan, seed: int, watch: Watch, log: PhaseLog
+    phase: TrainPhase,
+    first: int,
+    last: int,
+    recipe: Recipe,
+    data: ImageData,
+    plan: Plan,
+    seed: int,
+    watch: Watch,
+    log: PhaseLog,
 ) -> None:
     """Steps first..last-1 of the budget: the data goes on where the phase before stopped, the schedule is the phase's own."""
     steps = last - first
@@ -139,7 +147,9 @@ def _train(
                 raise Diverged(f"phase {phase.name}, step {step + 1}: the loss is not a number ({named})")
             if point:
                 top = max(group["lr"] for group in optimizer.param_groups)
-                log.curve.append({"step": step + 1, "lr": _short(top), **{name: _short(value) for name, value in named.items()}})
+                log.curve.append(
+                    {"step": step + 1, "lr": _short(top), **{name: _short(value) for name, value in named.items()}}
+                )
             told = devices.clock(plan.device)
             rate = log.images / (told - started)
             watch(Progress(phase.name, step + 1, steps, sum(named.values()), rate))
@@ -163,7 +173,9 @@ def make_optimizer(phase: TrainPhase, recipe: Recipe) -> tuple[torch.optim.Optim
                     "params": part, "weight_decay": decay, "lr": recipe.lr, "lr_scale": group.lr_scale, "group": group.name,
                 })  # fmt: skip
     try:
-        optimizer = create_optimizer_v2(parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        optimizer = create_optimizer_v2(
+            parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
+        )
     except (AssertionError, ValueError) as error:
         raise UserError(f"recipe.optimizer {recipe.optimizer!r}: {error}") from None
     return optimizer, {group.name: group.frozen for group in groups}

@@ -23,6 +23,22 @@ from methods.core.registry import BASELINE, REFERENCE, available, create, descri
 from methods.core.report import BlockReport, Overhead, Report
 
 __all__ = [
-    "BASELINE", "REFERENCE", "BlockReport", "CollectPhase", "Group", "Method", "Overhead", "Report", "Settings",
-    "TrainPhase", "TransformPhase", "Unsupported", "available", "create", "describe", "find", "load_plugin", "register",
+    "BASELINE",
+    "REFERENCE",
+    "BlockReport",
+    "CollectPhase",
+    "Group",
+    "Method",
+    "Overhead",
+    "Report",
+    "Settings",
+    "TrainPhase",
+    "TransformPhase",
+    "Unsupported",
+    "available",
+    "create",
+    "describe",
+    "find",
+    "load_plugin",
+    "register",
 ]

@@ -125,7 +125,9 @@ def test_losses_and_gradients_agree_with_the_authors(case):
     gradients = case.under("grad_mse/")
     assert gradients.keys() == dict(case.sparse.named_parameters()).keys()
     for name, parameter in case.sparse.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
     case.sparse.zero_grad()
 
 
@@ -157,7 +159,9 @@ def test_masked_training_equals_removal_for_the_same_tokens():
     sparse = methods.create("dynamicvit", keep_rate=0.6).sparsify(small_vit()).eval()
     batch = images(3)
     kept = sparse.kept_patches(batch)
-    sparse.decide = lambda stage, patches, keep, noise: torch.zeros(3, 16, 1).scatter_(1, kept[stage].unsqueeze(-1), 1.0)
+    sparse.decide = lambda stage, patches, keep, noise: torch.zeros(3, 16, 1).scatter_(
+        1, kept[stage].unsqueeze(-1), 1.0
+    )
     with torch.no_grad():
         torch.testing.assert_close(sparse.forward_train(batch, None).logits, sparse(batch), atol=1e-4, rtol=0)
 
@@ -191,7 +195,7 @@ def test_groups_leave_tokens_and_positions_alone():
     sparse = method.sparsify(small_vit())
     (phase,) = method.phases(sparse, nn.CrossEntropyLoss())
     backbone, predictor = phase.groups
-    assert (backbone.lr_scale, backbone.frozen, predictor.lr_scale, predictor.frozen) == (0.01, 5 / 30, 1.0, 0.0)
+    assert (backbone.lr_scale, backbone.frozen, predictor.lr_scale, predictor.frozen) == (1.0, 5 / 30, 100.0, 0.0)
     trained = {id(p) for group in phase.groups for p in group.parameters}
     left = {name for name, p in sparse.named_parameters() if id(p) not in trained}
     assert left == {"cls_token", "pos_embed"}
@@ -204,7 +208,9 @@ def test_predictor_parameters_are_the_papers():
 @given(rate=st.floats(0.5, 1.0), seed=st.integers(0, 2**31), step=st.integers(0, 2**31))
 @settings(max_examples=25, deadline=None)
 def test_random_training_keeps_the_planned_numbers(rate, seed, step):
-    sparse = RANDOM_VITS.setdefault(round(rate, 1), methods.create("random", keep_rate=round(rate, 1)).sparsify(small_vit()))
+    sparse = RANDOM_VITS.setdefault(
+        round(rate, 1), methods.create("random", keep_rate=round(rate, 1)).sparsify(small_vit())
+    )
     out = sparse.forward_train(images(3), Noise(seed, step, torch.arange(3)))
     assert [decision.sum(1).tolist() for decision in out.decisions] == [[count] * 3 for count in sparse.kept_counts]
     for earlier, later in zip(out.decisions, out.decisions[1:], strict=False):

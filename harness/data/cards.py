@@ -114,5 +114,7 @@ def check_sum(card: Card, root: Path) -> str:
     """The SHA-256 of the file behind the card. UserError where it is not the card's."""
     digest = hashlib.sha256(root.read_bytes()).hexdigest()
     if card.sha256 and digest != card.sha256:
-        raise UserError(f"{root}: checksum {digest[:12]}..., but the card {card.name} says {card.sha256[:12]}...; restore the file")
+        raise UserError(
+            f"{root}: checksum {digest[:12]}..., but the card {card.name} says {card.sha256[:12]}...; restore the file"
+        )
     return digest

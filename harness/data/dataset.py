@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from harness.data.cards import Card, find_root, load_card
-from harness.data.sources import Arrays, Split, check_sum_of, class_names, count_classes, evaluation_transform, open_split
+from harness.data.sources import (
+    Arrays,
+    Split,
+    check_sum_of,
+    class_names,
+    count_classes,
+    evaluation_transform,
+    open_split,
+)
 from harness.errors import UserError
 from harness.spec import Data, Recipe
 from methods.core.noise import Noise
@@ -81,7 +89,9 @@ class ImageData:
         if recipe.random_erasing:
             erase = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
         source = self._fast_batches if self._is_fast(recipe) else self._slow_batches
-        for step, (images, labels, ids) in enumerate(source(order, recipe, seed, first_step, last_step, device), first_step):
+        for step, (images, labels, ids) in enumerate(
+            source(order, recipe, seed, first_step, last_step, device), first_step
+        ):
             images, labels, ids = images.to(device), labels.to(device), ids.to(device)
             _seed_everything(_seed(seed, step, 1))  # timm's erasing and mixing draw from the global generators
             if erase is not None:
@@ -92,13 +102,19 @@ class ImageData:
                 ids = ids[:even]
             yield Batch(images, labels, ids)
 
-    def eval_batches(self, which: str, batch_size: int, device: torch.device, limit: int | None = None) -> Iterator[Batch]:
+    def eval_batches(
+        self, which: str, batch_size: int, device: torch.device, limit: int | None = None
+    ) -> Iterator[Batch]:
         """The images of the split "train", "val" or "test" in order, not augmented; at most `limit`."""
         split = self.test if which == "test" else self.train
         ids = {"test": torch.arange(len(self.test.labels)), "val": self.val_ids, "train": self.train_ids}[which][:limit]
         if isinstance(split, Arrays):
             for part in ids.split(batch_size):
-                yield Batch(self.normalise(split.images[part], device).expand(-1, 3, -1, -1), split.labels[part].to(device), part)
+                yield Batch(
+                    self.normalise(split.images[part], device).expand(-1, 3, -1, -1),
+                    split.labels[part].to(device),
+                    part,
+                )
             return
         dataset = _Transformed(split.dataset, evaluation_transform(self.image_size, self.card.crop_pct))
         loader = DataLoader(dataset, batch_size, sampler=_Fixed([(0, int(i)) for i in ids]), num_workers=self.workers)
@@ -111,7 +127,9 @@ class ImageData:
             raise UserError(f"recipe: crop {recipe.crop!r} is for images that fit into memory; use crop: resized")
         return recipe.crop != "resized"
 
-    def _fast_batches(self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device) -> Iterator:
+    def _fast_batches(
+        self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
+    ) -> Iterator:
         for step in range(first, last):
             ids = order.batch(step)
             noise = Noise(seed, order.epoch(step), ids)
@@ -123,7 +141,9 @@ class ImageData:
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
             yield self.normalise(images, device).expand(-1, 3, -1, -1), self.train.labels[ids], ids
 
-    def _slow_batches(self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device) -> Iterator:
+    def _slow_batches(
+        self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
+    ) -> Iterator:
         dataset = _Pictures(self.train) if isinstance(self.train, Arrays) else self.train.dataset
         transform = _training_transform(recipe, self.image_size)
         loader = DataLoader(

@@ -44,7 +44,9 @@ def main() -> None:
         labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
         arrays[f"{split}_images"], arrays[f"{split}_labels"] = balanced_subset(images, labels, per_class)
     np.savez_compressed(TARGET, **arrays)
-    print(f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.2f} MB, sha256 {hashlib.sha256(TARGET.read_bytes()).hexdigest()}")
+    print(
+        f"{TARGET.name}: {TARGET.stat().st_size / 1e6:.2f} MB, sha256 {hashlib.sha256(TARGET.read_bytes()).hexdigest()}"
+    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def class_names(card: Card, root: Path | None) -> list[str] | None:
     for which, other in (("train", "test"), ("test", "train")):
         extra = sorted(set(found[which]) - set(found[other]))
         if extra:
-            raise UserError(f"{root}: the class folder {extra[0]!r} is in the {which} split, but not in the {other} split")
+            raise UserError(
+                f"{root}: the class folder {extra[0]!r} is in the {which} split, but not in the {other} split"
+            )
     return found["train"]
 
 
@@ -129,7 +131,10 @@ def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
 def _resize(images: Tensor, size: int) -> Tensor:
     """uint8 images [N, C, H, W] at another size, bicubic with antialiasing, a part at a time."""
     parts = [
-        torch.nn.functional.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+        torch.nn.functional.interpolate(part.float(), size=(size, size), mode="bicubic", antialias=True)
+        .round()
+        .clamp(0, 255)
+        .byte()
         for part in images.split(512)
     ]
     return torch.cat(parts)
@@ -139,7 +144,9 @@ def _open_reader(card: Card, root: Path | None, which: str) -> Any:
     prefix = card.reader.lower().partition("/")[0]
     package, attribute = _NEEDED.get(prefix, (None, None))
     if package and not hasattr(_import(package), attribute):
-        raise UserError(f"data card {card.name}: the reader {card.reader} needs a package; install it with: pip install {package}")
+        raise UserError(
+            f"data card {card.name}: the reader {card.reader} needs a package; install it with: pip install {package}"
+        )
     split = getattr(card.splits, which)
     try:
         if card.reader == "folder":
@@ -151,7 +158,9 @@ def _open_reader(card: Card, root: Path | None, which: str) -> Any:
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, AssertionError, TypeError) as error:
         first_line = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise UserError(f"data card {card.name}: the {which} split ({card.reader}, {root or 'no root'}): {first_line}") from None
+        raise UserError(
+            f"data card {card.name}: the {which} split ({card.reader}, {root or 'no root'}): {first_line}"
+        ) from None
 
 
 def _import(package: str) -> Any:
@@ -186,7 +195,9 @@ class Decoded(Dataset):
 
 def evaluation_transform(image_size: int, crop_pct: float) -> Any:
     """timm's evaluation transform (bicubic resize, centre crop), ending in a uint8 array [3, S, S]."""
-    return create_transform(image_size, is_training=False, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True)
+    return create_transform(
+        image_size, is_training=False, crop_pct=crop_pct, interpolation="bicubic", use_prefetcher=True
+    )
 
 
 def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Arrays:
@@ -205,4 +216,6 @@ def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Array
 
 def _listing(files: list[tuple[str, int]], root: Path | None) -> str:
     base = str(root or "")
-    return "\n".join(f"{Path(name).relative_to(base) if base else name} {Path(name).stat().st_size} {label}" for name, label in files)
+    return "\n".join(
+        f"{Path(name).relative_to(base) if base else name} {Path(name).stat().st_size} {label}" for name, label in files
+    )

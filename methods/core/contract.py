@@ -131,9 +131,7 @@ class Method:
 
         return dense_report(module)
 
-    def phases(
-        self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None
-    ) -> Sequence[Phase]:
+    def phases(self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None) -> Sequence[Phase]:
         """How it trains. `criterion` maps (logits, targets) to the classification loss; `teacher` is the trained dense
         network, or None where there is no teacher to be used. Here: all parameters, classification loss, and the
         logits of the teacher if there is one."""

@@ -22,7 +22,9 @@ class Frozen(nn.Module):
 
 def logits_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) between class distributions, temperature 1: logits [B, classes] to the mean over B."""
-    return F.kl_div(student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True)
+    return F.kl_div(
+        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True
+    )
 
 
 class Classification(nn.Module):

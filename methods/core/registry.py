@@ -102,7 +102,9 @@ def load_plugin(path: str | Path) -> list[str]:
         raise ValueError(f"plug-in {path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
     names = _names_of(module_name)
     if not names:
-        raise ValueError(f"plug-in {path}: registers no method (decorate a methods.Method subclass with @methods.register)")
+        raise ValueError(
+            f"plug-in {path}: registers no method (decorate a methods.Method subclass with @methods.register)"
+        )
     return names
 
 

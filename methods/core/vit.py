@@ -39,7 +39,9 @@ def require_plain_vit(vit: nn.Module, method: str, pools: tuple[str, ...] = ("to
         if type(block) is not Block:
             raise Unsupported(f"{method}: block {index} is a {type(block).__name__}; only timm's Block is supported")
         if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-            raise Unsupported(f"{method}: block {index} has an unusual attention; only timm's plain Attention is supported")
+            raise Unsupported(
+                f"{method}: block {index} has an unusual attention; only timm's plain Attention is supported"
+            )
 
 
 def dense_report(vit: VisionTransformer) -> Report:

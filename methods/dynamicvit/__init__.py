@@ -19,8 +19,9 @@ class Settings(methods.Settings):
     """keep_rate: the paper's rho, the authors' base_rate: after stage s, int(N * rho^s) of the N patch tokens stay.
     pruning_loc: blocks before which tokens are removed, from 0; None: quarters of the depth (3, 6, 9 of 12).
     ratio_weight: lambda_ratio (2; the authors use 5 for DeiT-B). distill_weight, token_weight: 0.5 each.
-    lr_scale: learning rate of the backbone relative to the predictors'. frozen: share of the training, from its start,
-    in which the backbone's rate is 0 (the first 5 of 30 epochs).
+    lr_scale: learning rate of the backbone relative to the predictors'. The recipe's rate is the backbone's, as it is
+    for every method that starts from dense weights; the predictors learn 1 / lr_scale times as fast (1e-5 and 1e-3 in
+    the paper). frozen: share of the training, from its start, in which the backbone's rate is 0 (5 of 30 epochs).
     """
 
     keep_rate: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -28,7 +29,7 @@ class Settings(methods.Settings):
     ratio_weight: Annotated[float, Field(ge=0)] = 2.0
     distill_weight: Annotated[float, Field(ge=0)] = 0.5
     token_weight: Annotated[float, Field(ge=0)] = 0.5
-    lr_scale: Annotated[float, Field(ge=0)] = 0.01
+    lr_scale: Annotated[float, Field(gt=0)] = 0.01
     frozen: Annotated[float, Field(ge=0, le=1)] = 5 / 30
 
 
@@ -63,13 +64,19 @@ class DynamicViTMethod(methods.Method):
     ) -> Sequence[methods.TrainPhase]:
         settings = self.settings
         objective = PruningObjective(
-            sparse, criterion, teacher, settings.keep_rate, settings.ratio_weight, settings.distill_weight, settings.token_weight
+            sparse,
+            criterion,
+            teacher,
+            settings.keep_rate,
+            settings.ratio_weight,
+            settings.distill_weight,
+            settings.token_weight,
         )
         never = {"cls_token", "pos_embed", "reg_token", "dist_token"}
         named = [(name, p) for name, p in sparse.named_parameters() if name not in never]
         new = [p for name, p in named if name.startswith("score_predictor.")]
         old = [p for name, p in named if not name.startswith("score_predictor.")]
-        groups = [methods.Group("backbone", old, lr_scale=settings.lr_scale, frozen=settings.frozen)]
+        groups = [methods.Group("backbone", old, frozen=settings.frozen)]
         if new:
-            groups.append(methods.Group("predictor", new))
+            groups.append(methods.Group("predictor", new, lr_scale=1 / settings.lr_scale))
         return [methods.TrainPhase(name="prune", objective=objective, groups=groups)]

@@ -26,7 +26,12 @@ class ScorePredictor(nn.Module):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.out_conv = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2), nn.LogSoftmax(-1)
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+            nn.LogSoftmax(-1),
         )
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -135,7 +140,10 @@ class DynamicViT(StagedPruning):
 
 
 def make_dynamic(
-    vit: VisionTransformer, keep_rate: float, pruning_loc: Sequence[int] | None, behaviour: type[DynamicViT] = DynamicViT
+    vit: VisionTransformer,
+    keep_rate: float,
+    pruning_loc: Sequence[int] | None,
+    behaviour: type[DynamicViT] = DynamicViT,
 ) -> DynamicViT:
     """A copy of `vit` that prunes tokens."""
     sparse = specialise(vit, behaviour)

@@ -1,0 +1,33 @@
+# `make bench` and `make test` need python3 (3.11+), make and a package index, and nothing else.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: bench test lint leaderboard clean
+
+bench: $(READY)
+	$(BIN)/python bench.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+leaderboard: $(READY)
+	$(BIN)/python bench.py leaderboard
+
+# The environment is made anew whenever the dependencies change. uv is used where it is on the PATH.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed; say make PYTHON=...")'
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && uv pip install --quiet --python $(BIN)/python -e '.[test]'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'; \
+	fi
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) results/checkpoints results/quick

@@ -1,0 +1,152 @@
+"""Counting: the published numbers, fused or not, and nothing missed silently."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import methods
+from harness import cost
+from harness.device import set_attention
+from harness.overview import cost_rows
+from harness.spec import Entry
+
+TABLE = {  # GMACs, matrix products and convolutions, with the predictors: 0.9, 0.8, 0.7, 0.6, 0.5
+    "deit_tiny_patch16_224": (1.2537, (1.0915, 0.9319, 0.8012, 0.6901, 0.6016)),
+    "deit_small_patch16_224": (4.5989, (4.0407, 3.4631, 2.9809, 2.5647, 2.2291)),
+    "deit_base_patch16_224": (17.5638, (15.5124, 13.3231, 11.4758, 9.8676, 8.5613)),
+}
+RATES = [0.9, 0.8, 0.7, 0.6, 0.5]
+
+
+def vit(**changes):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **(sizes | changes)).eval()
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backbone", TABLE)
+def test_the_published_numbers(backbone):
+    dense, sparse = TABLE[backbone]
+    entries = [Entry(method="dense"), Entry(method="dynamicvit", settings={"keep_rate": RATES})]
+    rows, refused = cost_rows(backbone, {}, entries, None)
+    assert not refused
+    assert [round(row["macs_dense"] / 1e9, 4) for row in rows] == [dense] * 6
+    assert [round(row["macs_theoretical"] / 1e9, 4) for row in rows] == [dense, *sparse]
+    assert all(row["macs_executed"] == row["macs_theoretical"] for row in rows)
+    assert [row["settings"].get("keep_rate") for row in rows] == [None, *RATES]
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("method", ["dense", "dynamicvit", "random"])
+def test_fused_and_plain_attention_count_the_same(method):
+    counted, chosen, backbone = [], methods.create(method), vit()
+    for fused in (True, False):
+        deployed = chosen.deploy(chosen.sparsify(backbone))
+        set_attention(deployed, fused)
+        counted.append(cost.traced_macs(deployed, IMAGES))
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("method", ["dense", "dynamicvit", "random"])
+def test_torchs_own_counter_agrees(method):
+    chosen, backbone = methods.create(method), vit()
+    deployed = chosen.deploy(chosen.sparsify(backbone))
+    set_attention(deployed, False)  # torch's counter does not see every fused kernel
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        deployed(IMAGES[:1])
+    assert counter.get_total_flops() / 2 == cost.traced_macs(deployed, IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4, "img_size": 48}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"mlp_ratio": 2.5, "qkv_bias": False, "qk_norm": True, "init_values": 1e-4}),
+    ],
+)
+def test_formula_and_trace_agree_on_other_backbones(name, changes):
+    backbone = timm.create_model(name, **{"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | changes).eval()
+    images = torch.randn(1, 3, *backbone.patch_embed.img_size)
+    agrees, formula, traced = cost.dense_formula_holds(backbone, images, tolerance=0)
+    assert agrees, (formula, traced)
+
+
+def test_a_backbone_with_unknown_parts_is_noticed():
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, class_token=False, global_pool="map").eval()
+    assert not cost.dense_formula_holds(backbone, IMAGES)[0]
+
+
+def test_masking_without_skipping_shows_no_saving():
+    """What many repositories ship: dropped tokens are multiplied by zero and computed all the same."""
+
+    class Masked(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            x = self.model.embed(images)
+            keep = torch.ones(1, x.shape[1], 1)
+            keep[:, 9:] = 0
+            for block in self.model.blocks:
+                x = block(x) * keep
+            return self.model.forward_head(self.model.norm(x))
+
+    method, backbone = methods.create("dynamicvit", keep_rate=0.5), vit()
+    sparse = method.sparsify(backbone)
+    costs = cost.count(method, backbone, sparse, Masked(sparse).eval(), IMAGES)
+    assert costs.macs_executed == costs.macs_dense
+    assert costs.macs_theoretical < 0.7 * costs.macs_dense
+
+
+def test_an_uncounted_operation_is_an_error_that_names_it():
+    class Solver(nn.Module):
+        def forward(self, x):
+            return torch.linalg.solve(x @ x.transpose(-1, -2) + torch.eye(x.shape[-2]), x)
+
+    model = nn.Sequential(nn.Identity(), Solver())
+    with pytest.raises(cost.UncountedOperation, match=r"aten::linalg_solve.* in 1 "):
+        cost.traced_macs(model, torch.randn(1, 3, 4, 4))
+
+
+def test_the_formula_follows_the_report():
+    """Half the heads, a quarter of the attention entries of the rest, half of one weight, fewer queries and MLP tokens."""
+    backbone = vit()
+    tokens = torch.tensor([17])
+    entry = methods.BlockReport(
+        keys=tokens,
+        queries=torch.tensor([5]),
+        mlp=torch.tensor([3, 5]),
+        active_heads=torch.tensor([True, False, False]),
+        attention_density=torch.tensor([[0.25, 0.9, 0.9]]),
+    )
+    report = methods.Report((entry,) * 4, weight_density={"blocks.1.mlp.fc1.weight": 0.5})
+    parts = cost.block_macs(backbone.blocks[0], report, 0)
+    assert parts["projections"] == pytest.approx((5 * 24 * 24 + 2 * 17 * 24 * 24 + 5 * 24 * 24) / 3)
+    assert parts["attention"] == pytest.approx(5 * 17 * 2 * 24 * 0.25 / 3)
+    assert parts["mlp"] == pytest.approx(4 * 2 * 24 * 96)
+    assert cost.block_macs(backbone.blocks[1], report, 1)["mlp"] == pytest.approx(4 * 1.5 * 24 * 96)
+
+
+def test_overhead_is_part_of_the_theory():
+    backbone = vit()
+    tokens = torch.tensor([17])
+    blocks = (methods.BlockReport(tokens, tokens, tokens),) * 4
+    extra = methods.Overhead("x", torch.tensor([10.0, 30.0], dtype=torch.float64))
+    plain = cost.theoretical_macs(backbone, methods.Report(blocks), (32, 32))
+    assert cost.theoretical_macs(backbone, methods.Report(blocks, overhead=(extra,)), (32, 32)) == plain + 20
+
+
+def test_a_refusal_gives_its_reason():
+    rows, refused = cost_rows("deit_tiny_patch16_224", {}, [Entry(method="dynamicvit", settings={"keep_rate": 0.01})], None)
+    assert rows == []
+    assert "leaves no token of 196" in refused[0]

@@ -1,0 +1,212 @@
+"""Data: cards and their errors, folders, and batches that do not depend on workers."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+
+from harness.data import sources
+from harness.data.cards import ROOT_VARIABLE, load_card
+from harness.data.dataset import open_data
+from harness.errors import UserError
+from harness.spec import Data, Recipe
+
+PLAIN = {"auto_augment": None, "color_jitter": 0, "random_erasing": 0, "mixup": 0, "cutmix": 0}
+CPU = torch.device("cpu")
+
+
+def opened(card, root=None, **changes):
+    return open_data(Data(card=str(card), **({"workers": 0} | changes)), ROOT, root and str(root))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """An ImageFolder tree: 2 classes, 12 training and 4 validation images each, of different sizes."""
+    root, generator = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label in ("cat", "dog"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                size = (40 + index, 32, 3)
+                Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def card(tmp_path):
+    def _card(**content):
+        path = tmp_path / "card.yaml"
+        path.write_text(yaml.safe_dump({"name": "card", "image_size": 24} | content))
+        return path
+
+    return _card
+
+
+def test_the_embedded_set_is_balanced_and_checked():
+    data = opened("fashion-mnist-12k")
+    assert data.train.labels.bincount().tolist() == [1000] * 10
+    assert data.test.labels.bincount().tolist() == [200] * 10
+    assert (len(data.train_ids), len(data.val_ids)) == (9500, 500)
+    assert not set(data.train_ids.tolist()) & set(data.val_ids.tolist())
+    assert data.checksum == load_card("fashion-mnist-12k")[0].sha256
+    batch = next(data.eval_batches("test", 2000, CPU))
+    assert batch.images.shape == (2000, 3, 28, 28)
+    assert abs(batch.images.mean()) < 0.05
+    assert abs(batch.images.std() - 1) < 0.05
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    for name in ("fashion-mnist-12k.yaml", "fashion-mnist-12k.npz"):
+        shutil.copy(ROOT / "datasets" / name, tmp_path / name)
+    with (tmp_path / "fashion-mnist-12k.npz").open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"x")
+    with pytest.raises(UserError, match="checksum .* but the card fashion-mnist-12k says"):
+        opened(tmp_path / "fashion-mnist-12k.yaml")
+
+
+def test_a_folder_tree_in_the_layout_of_imagenet(tree, card):
+    data = opened(card(classes=2, val_fraction=0.25), tree)
+    assert (data.classes, len(data.train_ids), len(data.val_ids), len(data.test.labels)) == (2, 18, 6, 8)
+    batch = next(data.eval_batches("test", 3, CPU))
+    assert batch.images.shape == (3, 3, 24, 24)
+    assert [b.ids.tolist() for b in data.eval_batches("test", 3, CPU)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+def test_classes_are_counted_where_the_card_does_not_say(tree, card):
+    assert opened(card(), tree).classes == 2
+
+
+def test_a_root_from_the_environment(tree, card, monkeypatch):
+    monkeypatch.setenv(ROOT_VARIABLE, str(tree))
+    assert opened(card()).classes == 2
+
+
+def test_images_that_do_not_fit_into_memory_give_the_same_batches(tree, card, monkeypatch):
+    small = opened(card(), tree)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    large = opened(card(), tree)
+    assert isinstance(large.train, sources.Files)
+    for one, other in zip(small.eval_batches("train", 5, CPU), large.eval_batches("train", 5, CPU), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("limit", [sources.MEMORY_LIMIT, 0], ids=["memory", "files"])
+def test_augmented_batches_do_not_depend_on_the_workers(tree, card, monkeypatch, limit):
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", limit)
+    recipe = Recipe(batch_size=8)
+    batches = [
+        list(opened(card(), tree, workers=workers).train_batches(recipe, 1, 0, 5, CPU)) for workers in (0, 2)
+    ]
+    assert len(batches[0]) == 5
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one.ids, other.ids)
+
+
+@pytest.mark.parametrize("changes", [{"crop": "pad", "crop_padding": 3, **PLAIN}, {"crop": "resized"}], ids=["fast", "slow"])
+def test_a_step_is_the_same_wherever_training_begins(tree, card, changes):
+    data, recipe = opened(card(), tree), Recipe(batch_size=6, **changes)
+    whole = list(data.train_batches(recipe, 5, 0, 9, CPU))
+    later = list(data.train_batches(recipe, 5, 4, 9, CPU))
+    for one, other in zip(whole[4:], later, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.targets, other.targets)
+    other_seed = next(data.train_batches(recipe, 6, 0, 1, CPU))
+    assert not torch.equal(whole[0].images, other_seed.images)
+
+
+def test_an_epoch_has_every_image_once(tree, card):
+    data, recipe = opened(card(), tree), Recipe(batch_size=6, crop="none", **PLAIN)
+    steps = data.steps_per_epoch(6)
+    for epoch in range(2):
+        ids = torch.cat([b.ids for b in data.train_batches(recipe, 0, epoch * steps, (epoch + 1) * steps, CPU)])
+        assert sorted(ids.tolist()) == data.train_ids.tolist()
+
+
+def test_padded_crops_move_the_picture_without_bending_it(tmp_path):
+    image = np.zeros((8, 16, 16), np.uint8)
+    image[:, 6:10, 6:10] = 200
+    np.savez(tmp_path / "x.npz", train_images=image, train_labels=np.arange(8) % 2, test_images=image, test_labels=np.arange(8) % 2)
+    (tmp_path / "x.yaml").write_text("{name: x, reader: npz, root: x.npz, image_size: 16, mean: [0, 0, 0], std: [1, 1, 1]}")
+    data = opened(tmp_path / "x.yaml")
+    (batch,) = data.train_batches(Recipe(batch_size=8, crop="pad", crop_padding=4, flip=0, **PLAIN), 0, 0, 1, CPU)
+    assert torch.allclose(batch.images.sum(dim=(2, 3)), torch.tensor(16 * 200 / 255))
+    assert len({tuple(image.nonzero()[0].tolist()) for image in batch.images}) > 3
+
+
+def test_pad_needs_images_in_memory(tree, card, monkeypatch):
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    data = opened(card(), tree)
+    with pytest.raises(UserError, match="use crop: resized"):
+        next(data.train_batches(Recipe(batch_size=6, crop="pad", **PLAIN), 0, 0, 1, CPU))
+
+
+def test_torchvision_readers(tmp_path, card):
+    """A CIFAR-10 in torchvision's own format, made here."""
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    generator, sums = np.random.default_rng(0), {}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        content = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    sums["batches.meta"] = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)])
+        patch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+        patch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": sums["batches.meta"]})
+        data = opened(card(reader="torch/cifar10", classes=10, image_size=32), tmp_path)
+    assert (len(data.train.labels), len(data.test.labels)) == (100, 20)
+
+
+def wrong_cases():
+    return {
+        "no root": ({}, None, "no root; give --data-root DIR"),
+        "missing root": ({}, "/no/such/place", "--data-root /no/such/place: no such file or folder"),
+        "classes": ({"classes": 5}, "tree", "says 5 classes, but the training images have 2"),
+        "unknown key": ({"clases": 5}, "tree", "did you mean 'classes'"),
+        "npz for a folder": ({"reader": "npz", "root": "x.npz"}, "tree", "--set data.card=image-folder"),
+        "unknown reader": ({"reader": "torch/nothing"}, "tree", "the train split (torch/nothing"),
+        "no hub package": ({"reader": "wds/x"}, "tree", "pip install webdataset"),
+    }
+
+
+@pytest.mark.parametrize(("content", "root", "message"), wrong_cases().values(), ids=wrong_cases())
+def test_wrong_data_is_told_in_one_line(tree, card, content, root, message, monkeypatch):
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    monkeypatch.setattr(sources, "_import", lambda package: None)
+    with pytest.raises(UserError) as told:
+        opened(card(**content), tree if root == "tree" else root)
+    assert message in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_splits_with_different_classes_are_refused(tree, card, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    (tmp_path / "tree" / "val" / "dog").rename(tmp_path / "tree" / "val" / "wolf")
+    with pytest.raises(UserError, match="'dog' is in the train split, but not in the test split"):
+        opened(card(), tmp_path / "tree")
+
+
+def test_a_tree_without_splits_is_refused(tree, card):
+    with pytest.raises(UserError, match="no folder for the train split"):
+        opened(card(), tree / "train")
+
+
+def test_unknown_cards_show_the_known_ones():
+    with pytest.raises(UserError, match="did you mean 'cifar10'"):
+        load_card("cifar-10")
