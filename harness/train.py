@@ -115,7 +115,7 @@ def _train(
     optimizer, frozen = make_optimizer(phase, recipe)
     warmup = min(round(recipe.warmup_epochs * data.steps_per_epoch(recipe.batch_size)), steps // 2)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=steps, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False,
+        optimizer, t_initial=steps - warmup, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
     every, started = max(math.ceil(steps / CURVE_POINTS), 1), devices.clock(plan.device)
@@ -142,7 +142,7 @@ def _train(
         log.steps, log.images = step + 1, log.images + len(batch.images)
         point = step % every == 0 or step == steps - 1
         if point or time.perf_counter() - told > WATCH_SECONDS:
-            named = {name: float(value) for name, value in terms.items()}
+            named = {name: float(value.detach()) for name, value in terms.items()}
             if not all(map(math.isfinite, named.values())):
                 raise Diverged(f"phase {phase.name}, step {step + 1}: the loss is not a number ({named})")
             if point:

@@ -74,14 +74,18 @@ def test_torchs_own_counter_agrees(method):
     ],
 )
 def test_formula_and_trace_agree_on_other_backbones(name, changes):
-    backbone = timm.create_model(name, **{"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | changes).eval()
+    backbone = timm.create_model(
+        name, **{"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3} | changes
+    ).eval()
     images = torch.randn(1, 3, *backbone.patch_embed.img_size)
     agrees, formula, traced = cost.dense_formula_holds(backbone, images, tolerance=0)
     assert agrees, (formula, traced)
 
 
 def test_a_backbone_with_unknown_parts_is_noticed():
-    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, class_token=False, global_pool="map").eval()
+    backbone = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, class_token=False, global_pool="map"
+    ).eval()
     assert not cost.dense_formula_holds(backbone, IMAGES)[0]
 
 
@@ -147,6 +151,8 @@ def test_overhead_is_part_of_the_theory():
 
 
 def test_a_refusal_gives_its_reason():
-    rows, refused = cost_rows("deit_tiny_patch16_224", {}, [Entry(method="dynamicvit", settings={"keep_rate": 0.01})], None)
+    rows, refused = cost_rows(
+        "deit_tiny_patch16_224", {}, [Entry(method="dynamicvit", settings={"keep_rate": 0.01})], None
+    )
     assert rows == []
     assert "leaves no token of 196" in refused[0]

@@ -66,7 +66,7 @@ def test_a_changed_file_is_refused(tmp_path):
     with (tmp_path / "fashion-mnist-12k.npz").open("r+b") as file:
         file.seek(100_000)
         file.write(b"x")
-    with pytest.raises(UserError, match="checksum .* but the card fashion-mnist-12k says"):
+    with pytest.raises(UserError, match=r"checksum .* but the card fashion-mnist-12k says"):
         opened(tmp_path / "fashion-mnist-12k.yaml")
 
 
@@ -101,9 +101,7 @@ def test_images_that_do_not_fit_into_memory_give_the_same_batches(tree, card, mo
 def test_augmented_batches_do_not_depend_on_the_workers(tree, card, monkeypatch, limit):
     monkeypatch.setattr(sources, "MEMORY_LIMIT", limit)
     recipe = Recipe(batch_size=8)
-    batches = [
-        list(opened(card(), tree, workers=workers).train_batches(recipe, 1, 0, 5, CPU)) for workers in (0, 2)
-    ]
+    batches = [list(opened(card(), tree, workers=workers).train_batches(recipe, 1, 0, 5, CPU)) for workers in (0, 2)]
     assert len(batches[0]) == 5
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
@@ -111,7 +109,9 @@ def test_augmented_batches_do_not_depend_on_the_workers(tree, card, monkeypatch,
         assert torch.equal(one.ids, other.ids)
 
 
-@pytest.mark.parametrize("changes", [{"crop": "pad", "crop_padding": 3, **PLAIN}, {"crop": "resized"}], ids=["fast", "slow"])
+@pytest.mark.parametrize(
+    "changes", [{"crop": "pad", "crop_padding": 3, **PLAIN}, {"crop": "resized"}], ids=["fast", "slow"]
+)
 def test_a_step_is_the_same_wherever_training_begins(tree, card, changes):
     data, recipe = opened(card(), tree), Recipe(batch_size=6, **changes)
     whole = list(data.train_batches(recipe, 5, 0, 9, CPU))
@@ -134,8 +134,16 @@ def test_an_epoch_has_every_image_once(tree, card):
 def test_padded_crops_move_the_picture_without_bending_it(tmp_path):
     image = np.zeros((8, 16, 16), np.uint8)
     image[:, 6:10, 6:10] = 200
-    np.savez(tmp_path / "x.npz", train_images=image, train_labels=np.arange(8) % 2, test_images=image, test_labels=np.arange(8) % 2)
-    (tmp_path / "x.yaml").write_text("{name: x, reader: npz, root: x.npz, image_size: 16, mean: [0, 0, 0], std: [1, 1, 1]}")
+    np.savez(
+        tmp_path / "x.npz",
+        train_images=image,
+        train_labels=np.arange(8) % 2,
+        test_images=image,
+        test_labels=np.arange(8) % 2,
+    )
+    (tmp_path / "x.yaml").write_text(
+        "{name: x, reader: npz, root: x.npz, image_size: 16, mean: [0, 0, 0], std: [1, 1, 1]}"
+    )
     data = opened(tmp_path / "x.yaml")
     (batch,) = data.train_batches(Recipe(batch_size=8, crop="pad", crop_padding=4, flip=0, **PLAIN), 0, 0, 1, CPU)
     assert torch.allclose(batch.images.sum(dim=(2, 3)), torch.tensor(16 * 200 / 255))
@@ -160,7 +168,10 @@ def test_torchvision_readers(tmp_path, card):
     folder.mkdir()
     generator, sums = np.random.default_rng(0), {}
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        content = {"data": generator.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        content = {
+            "data": generator.integers(0, 256, (20, 3072), dtype=np.uint8),
+            "labels": [i % 10 for i in range(20)],
+        }
         (folder / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))

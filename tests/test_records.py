@@ -10,7 +10,9 @@ from harness import records
 from harness.errors import UserError
 from harness.records import Store, identify, write_atomically
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+)
 
 
 @given(content=st.dictionaries(st.text(), json_values, min_size=2))
@@ -77,7 +79,9 @@ def test_records_are_found_by_the_beginning_of_their_id(tmp_path):
             records.find(tmp_path, name)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "is no record"), ('{"id": 1}', "is no record")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not valid JSON"), ("[]", "is no record"), ('{"id": 1}', "is no record")]
+)
 def test_a_damaged_record_is_named(tmp_path, content, message):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.json").write_text(content)

@@ -130,7 +130,9 @@ def test_the_adaptation_recipe_is_the_recipe_with_changes(write):
     assert spec.adapt_recipe.batch_size == spec.recipe.batch_size
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "benchmarks").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "benchmarks").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_the_specs_that_come_with_the_project_are_valid(path):
     assert load_run(path).cells()
     assert find_spec(path.stem) == path

@@ -31,11 +31,11 @@ def register(cls: type[Method]) -> type[Method]:
         raise TypeError(f"register takes a subclass of methods.Method, not {cls!r}")
     if not isinstance(getattr(cls, "name", None), str) or not cls.name:
         raise ValueError(f"{cls.__name__} needs a class attribute `name`")
+    if cls.name in _builtin_files() and not cls.__module__.startswith("methods."):
+        raise ValueError(f"the name {cls.name!r} is taken by a built-in method")
     taken = _registered.get(cls.name)
     if taken is not None and _source(taken) != _source(cls):
         raise ValueError(f"the name {cls.name!r} is taken by {_source(taken)}")
-    if cls.name in _builtin_files() and not cls.__module__.startswith("methods."):
-        raise ValueError(f"the name {cls.name!r} is taken by a built-in method")
     _registered[cls.name] = cls
     return cls
 

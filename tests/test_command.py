@@ -1,0 +1,230 @@
+"""The command, run as a process: what it prints, writes and exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, bench
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_spec_file, toy_file):
+    """A whole run with a plug-in: (process, results folder)."""
+    results = tmp_path_factory.mktemp("run") / "results"
+    return bench("--spec", tiny_spec_file, "--plugin", toy_file, "--results", results), results
+
+
+def records(results):
+    return {path.name: json.loads(path.read_text()) for path in (results / "tiny").glob("*.json")}
+
+
+def test_a_run_trains_measures_and_ranks(finished):
+    done, results = finished
+    assert done.returncode == 0, done.stderr
+    found = list(records(results).values())
+    train = {record["label"]: record for record in found if record["kind"] == "train"}
+    assert set(train) == {"dense", "dense+", "dynamicvit keep_rate=0.6", "toy"}
+    assert sum(record["kind"] == "measure" for record in found) == 4
+    board = (results / "leaderboard.md").read_text()
+    assert all(f"| {label}" in board for label in train)
+    sparse = train["dynamicvit keep_rate=0.6"]
+    assert sparse["cost"]["macs_executed"] == sparse["cost"]["macs_theoretical"] < sparse["cost"]["macs_dense"]
+    assert sparse["report"]["tokens"]["keys"] == [17, 10, 6, 4]
+    assert [phase["name"] for phase in sparse["phases"]] == ["prune"]
+    assert {"classification", "ratio", "distillation", "token"} <= sparse["phases"][0]["curve"][0].keys()
+    for record in found:
+        assert record["where"]["packages"]["torch"]
+        assert str(ROOT) not in json.dumps({key: value for key, value in record.items() if key != "context"})
+
+
+def test_a_second_run_does_nothing_and_writes_the_same_bytes(finished, tiny_spec_file, toy_file):
+    _, results = finished
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in results.rglob("*.json")}
+    board = (results / "leaderboard.md").read_bytes()
+    again = bench("--spec", tiny_spec_file, "--plugin", toy_file, "--results", results)
+    assert again.returncode == 0
+    assert again.stdout.count("present") == 4
+    assert "training" not in again.stdout
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in results.rglob("*.json")} == before
+    assert (results / "leaderboard.md").read_bytes() == board
+
+
+def test_one_seed_gives_one_accuracy_and_dense_is_trained_once(finished, tiny_spec_file, tmp_path):
+    _, results = finished
+    again = bench("--spec", tiny_spec_file, "--results", tmp_path, "--seeds", "0,1")
+    assert again.returncode == 0, again.stderr
+    first, second = records(results), records(tmp_path)
+    common = [name for name in first if name in second and first[name]["kind"] == "train"]
+    assert len(common) == 3
+    for name in common:
+        assert first[name]["correct"] == second[name]["correct"]
+        assert first[name]["weights_sha256"] == second[name]["weights_sha256"]
+    assert again.stdout.count("dense, seed 0: training") == 1
+    assert again.stdout.count("its dense network") == 0
+    assert sum(record["kind"] == "train" for record in second.values()) == 6
+
+
+def test_show_and_leaderboard_do_without_torch(finished):
+    _, results = finished
+    name = next(name for name, record in records(results).items() if record["kind"] == "train")
+    code = "import runpy, sys; sys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], run_name='__main__')\nfinally:\n assert 'torch' not in sys.modules"
+    for arguments, words in (
+        (["show", name[:-5]], "top1"),
+        (["leaderboard"], "dense+"),
+        (["leaderboard", "--csv", str(results / "x.csv")], "dense+"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT / "bench.py"), *arguments, "--results", str(results)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+    assert len((results / "x.csv").read_text().splitlines()) == 5
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert bench("--help").returncode == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5
+
+
+def test_list_names_everything():
+    done = bench("list")
+    assert done.returncode == 0
+    for word in ("dynamicvit", "random", "quick", "imagenet-deit-small", "fashion-mnist-12k"):
+        assert word in done.stdout
+
+
+def test_cost_as_json():
+    done = bench(
+        "cost",
+        "--backbone",
+        "deit_small_patch16_224",
+        "--methods",
+        "dense,dynamicvit",
+        "--set",
+        "dynamicvit.keep_rate=0.7",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    dense, sparse = json.loads(done.stdout)
+    assert list(dense) == [
+        "method",
+        "settings",
+        "backbone",
+        "macs_dense",
+        "macs_theoretical",
+        "macs_executed",
+        "params",
+        "params_nonzero",
+    ]
+    assert dense["macs_dense"] == dense["macs_executed"] == 4598882304
+    assert sparse["macs_theoretical"] == sparse["macs_executed"] == 2980897728
+
+
+WRONG = {
+    "unknown method": (
+        ["--methods", "dense,dynamicvitt"],
+        "unknown method 'dynamicvitt'; allowed: dense, dynamicvit, random; did you mean",
+    ),
+    "unknown setting": (
+        ["--methods", "dynamicvit", "--set", "dynamicvit.keep=1"],
+        "dynamicvit: unknown setting 'keep'",
+    ),
+    "missing spec": (["--spec", "nothing.yaml"], "spec nothing.yaml: no such file"),
+    "unknown key": (["--set", "budget.epoch=1"], "did you mean 'epochs'"),
+    "missing data": (
+        ["--data-root", "/nothing", "--set", "data.card=image-folder"],
+        "--data-root /nothing: no such file or folder",
+    ),
+    "missing plug-in": (["--plugin", "nothing.py"], "nothing.py: no such file"),
+    "bad seeds": (["--seeds", "a"], "must be whole numbers"),
+    "no methods": (["--methods", ","], "needs at least one method"),
+    "unknown option": (["--metods", "a"], "No such option"),
+    "unknown record": (["show", "zzz"], "no record 'zzz'"),
+    "unknown backbone": (["cost", "--backbone", "deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
+    "check of an unknown method": (["check", "dynamic"], "unknown method 'dynamic'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_use_is_told_in_a_line_and_exits_with_2(arguments, message, tmp_path):
+    extra = ["--results", tmp_path] if arguments[0] not in ("cost", "check") else []
+    done = bench(*arguments, *extra)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if not done.stderr.startswith("Usage"):
+        assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path, tiny_spec_file, toy_file):
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import methods\n\n@methods.register\nclass Broken(methods.Method):\n    name = 'broken'\n\n"
+        "    def sparsify(self, vit):\n        raise RuntimeError('on purpose')\n"
+    )
+    arguments = [
+        "--spec",
+        tiny_spec_file,
+        "--plugin",
+        broken,
+        "--plugin",
+        toy_file,
+        "--methods",
+        "broken,toy",
+        "--results",
+        tmp_path,
+    ]
+    done = bench(*arguments)
+    assert done.returncode == 1
+    assert "broken, seed 0: FAILED (error: on purpose)" in done.stdout
+    assert "toy, seed 0: done" in done.stdout
+    (failure,) = (tmp_path / "tiny").glob("*.attempt1.json")
+    assert json.loads(failure.read_text())["reason"] == "error"
+    again = bench(*arguments)
+    assert again.returncode == 1
+    assert "failed before (error: on purpose); --retry tries it again" in again.stdout
+    assert "present" in again.stdout
+
+
+def test_check_names_the_rule_that_is_broken(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text(
+        "import copy, methods, torch\n\n@methods.register\nclass Wrong(methods.Method):\n    name = 'wrong'\n\n"
+        "    def sparsify(self, vit):\n        return copy.deepcopy(vit)\n\n"
+        "    def deploy(self, sparse):\n        fast = super().deploy(sparse)\n"
+        "        fast.head.bias += 1\n        return fast\n"
+    )
+    done = bench("check", "wrong", "--plugin", path)
+    assert done.returncode == 1
+    assert "wrong on plain breaks the rule: deployed equals sparse" in done.stdout
+
+
+def test_ctrl_c_leaves_whole_records_and_says_how_to_go_on(tmp_path, tiny_spec_file):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "bench.py"), "--spec", str(tiny_spec_file), "--results", str(tmp_path), "--set", "budget.adapt_epochs=3000"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "dense+, seed 0: training" in line:
+            time.sleep(1.0)
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, "".join(seen) + rest
+    assert "the same command goes on with the rest" in rest
+    assert "Traceback" not in rest
+    for path in (tmp_path / "tiny").iterdir():
+        json.loads(path.read_text())
+    assert sum(json.loads(path.read_text())["kind"] == "train" for path in (tmp_path / "tiny").glob("*.json")) == 1

@@ -1,0 +1,208 @@
+"""From records to tables: statistics, grouping, and the same bytes every time."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from harness import render, stats
+from harness.evaluate import pack, unpack
+from harness.leaderboard import tables
+from harness.records import Store, identify
+
+CONTEXT = {
+    "data": {"card": "tiny", "image_size": 16},
+    "backbone": {"name": "vit", "kwargs": {"depth": 4}},
+    "dense_weights": None,
+    "budget": {"epochs": 3, "adapt_epochs": 1, "max_steps": None},
+    "distill": "own",
+    "plan": {"device": "cpu", "dtype": "float32"},
+}
+
+
+def train_record(label, method, settings, seed, correct, executed=0.5e9, context=CONTEXT, revision=1):
+    content = {
+        "label": label,
+        "method": method,
+        "settings": settings,
+        "seed": seed,
+        "context": context,
+        "revision": revision,
+    }
+    record_id = identify(content)
+    return content | {
+        "id": record_id, "kind": "train", "weights_id": "w" + record_id, "context_id": identify(context), "top1": float(np.mean(correct)),
+        "top5": 1.0, "loss": 0.1, "test_images": len(correct), "correct": pack(np.asarray(correct)), "where": {"device": "CPU"},
+        "cost": {"macs_dense": 1e9, "macs_theoretical": 0.5e9, "macs_executed": executed, "params": 1000, "params_nonzero": 900},
+    }  # fmt: skip
+
+
+def measure_record(train, batch=8, speed_up=1.5, device="CPU X"):
+    key = {
+        "weights_id": train["weights_id"],
+        "device": device,
+        "driver": "",
+        "dtype": "float32",
+        "mode": "eager",
+        "batch": batch,
+    }
+    timing = {"p50_ms": 10.0 / speed_up, "warm": True}
+    return key | {
+        "id": identify(key), "kind": "measure", "latency": {"speed_up": speed_up, "deployed": timing, "dense": {"warm": True}}
+    }  # fmt: skip
+
+
+def images(share, seed=0, count=400):
+    return np.random.default_rng(seed).random(count) < share
+
+
+def fill(results, seeds=(0, 1, 2), benchmark="b"):
+    """dense+ at 80 %, a method 30 points below it, and one that is the same."""
+    store = Store(results, benchmark)
+    for seed in seeds:
+        reference = images(0.8, seed)
+        rows = [
+            train_record(
+                "dense", "dense", {"continued": False}, seed, reference & images(0.97, seed + 50), executed=1e9
+            ),
+            train_record("dense+", "dense", {"continued": True}, seed, reference, executed=1e9),
+            train_record("worse", "m", {"rate": 0.5}, seed, reference & images(0.6, seed + 90)),
+            train_record("same", "m", {"rate": 0.9}, seed, reference, executed=0.9e9),
+        ]
+        for row in rows:
+            store.write(row)
+            store.write(measure_record(row))
+            store.write(measure_record(row, batch=1, speed_up=0.9))
+    return store
+
+
+def test_rows_are_ranked_and_compared_with_dense_plus(tmp_path):
+    fill(tmp_path)
+    (table,) = tables(tmp_path)
+    assert [row.label for row in table.rows][-1] == "worse"
+    rows = {row.label: row for row in table.rows}
+    assert rows["dense+"].is_reference
+    assert rows["dense+"].difference is None
+    assert rows["same"].difference == 0
+    assert rows["same"].p_value == 1
+    low, high = rows["worse"].difference_interval
+    assert low < rows["worse"].difference < high < -0.2
+    assert rows["worse"].p_value < 0.05
+    assert [rows[name].pareto for name in ("same", "dense+", "worse", "dense")] == [True, False, True, False]
+    assert table.batches == [1, 8]
+    assert rows["worse"].speeds[8].speed_up == 1.5
+    assert rows["worse"].speeds[8].realised == pytest.approx(0.75)
+
+
+def test_nothing_is_claimed_from_two_seeds(tmp_path):
+    fill(tmp_path, seeds=(0, 1))
+    (table,) = tables(tmp_path)
+    row = next(row for row in table.rows if row.label == "worse")
+    assert row.difference < -0.2
+    assert row.p_value is None
+    assert f"{row.difference * 100:+.2f} †" in render.markdown([table])
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    fill(tmp_path / "one")
+    fill(tmp_path / "two", seeds=(2, 0, 1))
+    assert render.markdown(tables(tmp_path / "one")) == render.markdown(tables(tmp_path / "two"))
+    frames = [render.frame(tables(tmp_path / name)).to_csv() for name in ("one", "two")]
+    assert frames[0] == frames[1]
+
+
+def test_what_cannot_be_compared_is_in_tables_of_its_own(tmp_path):
+    store = fill(tmp_path, seeds=(0,))
+    store.write(
+        train_record("long", "m", {}, 0, images(0.9), context=CONTEXT | {"budget": CONTEXT["budget"] | {"epochs": 9}})
+    )
+    fill(tmp_path, seeds=(0,), benchmark="other")
+    found = tables(tmp_path)
+    assert sorted((table.benchmark, len(table.rows)) for table in found) == [("b", 1), ("b", 4), ("other", 4)]
+    assert [table.benchmark for table in tables(tmp_path, "other")] == ["other"]
+
+
+def test_tables_never_mix_devices(tmp_path):
+    store = Store(tmp_path, "b")
+    row = train_record("dense+", "dense", {"continued": True}, 0, images(0.8))
+    store.write(row)
+    store.write(measure_record(row, device="CPU X"))
+    store.write(measure_record(row, device="GPU Y", speed_up=3.0))
+    found = tables(tmp_path)
+    assert [table.timed_on["device"] for table in found] == ["CPU X", "GPU Y"]
+    assert [table.rows[0].speeds[8].speed_up for table in found] == [1.5, 3.0]
+
+
+def test_only_the_newest_revision_of_a_method_is_shown(tmp_path):
+    store = Store(tmp_path, "b")
+    store.write(train_record("m", "m", {}, 0, images(0.2), revision=1))
+    store.write(train_record("m", "m", {}, 0, images(0.9), revision=2))
+    (table,) = tables(tmp_path)
+    assert len(table.rows) == 1
+    assert table.rows[0].top1 > 0.8
+
+
+def test_an_empty_folder_says_what_to_do(tmp_path):
+    assert "run `python bench.py`" in render.markdown(tables(tmp_path))
+
+
+def test_every_row_has_as_many_cells_as_the_head(tmp_path):
+    store = fill(tmp_path)
+    store.write(train_record("not timed", "n", {}, 0, images(0.5)))
+    lines = [line for line in render.markdown(tables(tmp_path)).split("\n") if line.startswith("|")]
+    assert len(lines) == 2 + 5
+    assert len({line.count("|") for line in lines}) == 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    render.show(tables(tmp_path), console)
+    assert "not timed" in console.export_text()
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=50))
+def test_packed_images_come_back(correct):
+    assert unpack(pack(np.array(correct)), len(correct)).tolist() == correct
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_keeps_the_order_and_only_raises(p_values):
+    adjusted = stats.holm(p_values)
+    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
+    assert max(adjusted) <= 1
+    order = np.argsort(p_values)
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+def test_holm_on_a_known_case():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_intervals_are_students():
+    mean, half = stats.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.302653 / 3**0.5, rel=1e-6))
+    assert stats.mean_interval([0.5]) == (0.5, None)
+
+
+@given(seed=st.integers(0, 50))
+@settings(max_examples=20, deadline=None)
+def test_the_bootstrap_does_not_see_differences_that_are_not_there(seed):
+    pairs = [(images(0.8, 1000 + 10 * seed + i), images(0.8, 2000 + 10 * seed + i)) for i in range(3)]
+    difference, (low, high), p_value = stats.paired_bootstrap(pairs)
+    assert low <= difference <= high
+    assert p_value > 1e-3
+    mirrored = stats.paired_bootstrap([(b, a) for a, b in pairs])
+    assert mirrored[0] == pytest.approx(-difference)
+
+
+def test_the_bootstrap_covers_the_truth_at_about_its_level():
+    hits, generator = 0, np.random.default_rng(0)
+    for trial in range(100):
+        pairs = []
+        for _ in range(4):
+            reference = generator.random(500) < 0.8
+            flipped = generator.random(500) < 0.1
+            pairs.append((reference ^ flipped, reference))
+        _, (low, high), _ = stats.paired_bootstrap(pairs, seed=trial)
+        hits += low <= -0.06 <= high  # 0.8 -> 0.74 in expectation
+    assert hits >= 80
