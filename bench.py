@@ -86,6 +86,7 @@ def _execute(chosen: Run, results: Path, data_root: str | None, fresh: bool, ret
             from harness.data.dataset import open_data
             from harness.runner import Runner
 
+            reporter.say(f"data: {chosen.spec.data.card}")
             data = open_data(chosen.spec.data, chosen.folder, data_root)
             failed = Runner(chosen, data, Store(results, chosen.name), reporter, fresh, retry).execute()
         except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from dataclasses import dataclass
 
@@ -40,13 +39,3 @@ def evaluate(model: nn.Module, data: ImageData, which: str, plan: Plan, batch_si
     if not math.isfinite(loss):
         raise FloatingPointError(f"the model's loss on the {which} split is not a number")
     return Evaluation(correct.double().mean().item(), torch.cat(fifth).double().mean().item(), loss, correct.numpy())
-
-
-def pack(correct: np.ndarray) -> str:
-    """bool [N] as base64 text of its bits."""
-    return base64.b64encode(np.packbits(correct).tobytes()).decode()
-
-
-def unpack(text: str, count: int) -> np.ndarray:
-    """The bool [count] that `pack` packed."""
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)

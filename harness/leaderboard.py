@@ -13,6 +13,7 @@ import numpy as np
 
 import methods
 from harness import records, stats
+from harness.packing import unpack
 
 Record = dict[str, Any]
 
@@ -58,7 +59,6 @@ class Table:
     benchmark: str
     context_id: str
     context: dict[str, Any]
-    trained_on: str
     timed_on: dict[str, str] | None  # device, driver, dtype, mode
     rows: list[Row]
     batches: list[int]
@@ -108,7 +108,7 @@ def _table(name: str, context_id: str, group: list[Record], timed_on: dict | Non
         row.pareto = best
     rows.sort(key=lambda row: (-row.top1, row.macs_executed, row.label))
     batches = sorted({batch for row in rows for batch in row.speeds})
-    return Table(name, context_id, group[0]["context"], group[0]["where"]["device"], timed_on, rows, batches)
+    return Table(name, context_id, group[0]["context"], timed_on, rows, batches)
 
 
 def _who(record: Record) -> str:
@@ -144,10 +144,7 @@ def _compare(row: Row, found: list[Record], reference: list[Record]) -> None:
 
 
 def _correct_images(record: Record) -> np.ndarray:
-    import base64
-
-    bits = np.frombuffer(base64.b64decode(record["correct"]), np.uint8)
-    return np.unpackbits(bits, count=record["test_images"]).astype(bool)
+    return unpack(record["correct"], record["test_images"])
 
 
 def _correct(rows: list[Row]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from harness.errors import UserError
@@ -48,7 +49,8 @@ def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Pat
             raise UserError(f"dense.weights: timm's {backbone.name} has {expected} classes, the data has {model.num_classes}; "
                             "train the dense network (weights: null) or give a file")  # fmt: skip
         try:
-            pretrained = timm.create_model(backbone.name, pretrained=True, **backbone.kwargs)
+            size = model.patch_embed.img_size  # timm resamples the position embedding for other sizes
+            pretrained = timm.create_model(backbone.name, pretrained=True, **({"img_size": size} | backbone.kwargs))
             model.load_state_dict(pretrained.state_dict())
         except Exception as error:  # the hub's client raises errors of many kinds
             raise UserError(f"dense.weights: timm's weights for {backbone.name} cannot be loaded ({_first_line(error)}); "
@@ -58,7 +60,7 @@ def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Pat
         if path is None:
             raise UserError(f"dense.weights {weights}: no such file (and not the word timm)")
         try:
-            model.load_state_dict(read_state(path))
+            model.load_state_dict(checkpoint_filter_fn(read_state(path), model))
         except UserError:
             raise
         except RuntimeError as error:

@@ -34,7 +34,8 @@ def provenance() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # What a run itself writes does not make the code another one.
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!leaderboard.md", ":!results")
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
 
 

@@ -18,7 +18,8 @@ from harness import cost, latency, models
 from harness import device as devices
 from harness.data.dataset import ImageData
 from harness.errors import UserError
-from harness.evaluate import evaluate, pack
+from harness.evaluate import evaluate
+from harness.packing import pack
 from harness.progress import Reporter
 from harness.records import ENGINE_REVISION, RETRIED, Store, identify, provenance, write_atomically
 from harness.spec import Cell, Recipe, Run

@@ -230,7 +230,7 @@ def _label(entry: Entry, chosen: dict[str, Any], swept: list[str]) -> str:
 def find_spec(name: str) -> Path:
     """A spec's file from its path, or from its name in benchmarks/."""
     path = Path(name)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
         return path
     inside = SPEC_FOLDER / f"{name}.yaml"
     if not inside.exists():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from harness import render, stats
-from harness.evaluate import pack, unpack
 from harness.leaderboard import tables
+from harness.packing import pack, unpack
 from harness.records import Store, identify
 
 CONTEXT = {
