@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from harness.spec import Entry, Run
+    from harness.cells import Run
+    from harness.spec import Entry
 
 ROOT = Path(__file__).resolve().parent
 
@@ -60,8 +61,9 @@ def run(
     """Runs a benchmark and writes the leaderboard."""
     if context.invoked_subcommand is not None:
         return
+    from harness.cells import load_run
     from harness.data.cards import check_sum, find_root, load_card
-    from harness.spec import find_spec, load_run
+    from harness.spec import find_spec
 
     overrides = [*(set_ or []), *([f"dtype={dtype}", f"measure.dtype={dtype}"] if dtype else [])]
     changes = {"device": device} if device else {}
@@ -145,8 +147,8 @@ def check(
 ) -> None:
     """Runs the conformance suite: does a method keep the contract?"""
     entries, _ = _entries(method, set_, plugin)
+    from harness.cells import expand
     from harness.conformance import check_method, show_findings
-    from harness.spec import expand
 
     passed = True
     for label, chosen in (row for entry in entries for row in expand(entry)):
@@ -189,8 +191,9 @@ def _entries(
     methods: str | None, sets: list[str] | None, plugins: list[str] | None, backbone_keys: bool = False
 ) -> tuple[list[Entry], dict]:
     """Entries of the named methods (all, where none is named) with METHOD.SETTING=VALUE applied, and backbone.KEY=VALUE."""
+    from harness.cells import baseline_entries, known, parse_override, set_setting
     from harness.errors import UserError
-    from harness.spec import Entry, baseline_entries, known, parse_override, set_setting
+    from harness.spec import Entry
     from methods import available, load_plugin
 
     try:

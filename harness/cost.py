@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
 from methods import Method, Report
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # fvcore scripts functions at import, which torch calls deprecated
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import get_shape
 
 # Operations that move, compare or scale elements: they have no multiply-adds of a matrix product. Any other operation
 # without a handler is an error, so that no product is ever missed silently.

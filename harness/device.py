@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import time
@@ -115,15 +116,8 @@ def _cpu_model() -> str:
 
 def where(device: torch.device) -> dict[str, Any]:
     """For records: the machine, threads and packages of this process (not part of any hash)."""
-    import fvcore
-    import timm
-
-    packages = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "fvcore": fvcore.__version__,
-    }
+    packages = {package: importlib.metadata.version(package) for package in ("torch", "timm", "fvcore")}
+    packages["python"] = platform.python_version()
     return {
         "device": name(device), "driver": driver(device), "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None, "packages": packages,

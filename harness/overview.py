@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from harness.cells import expand
 from harness.data.cards import CARD_FOLDER, load_card
 from harness.errors import UserError
-from harness.spec import SPEC_FOLDER, Backbone, Entry, Spec, expand
+from harness.spec import SPEC_FOLDER, Backbone, Entry, Spec
 from harness.yamlfile import read, validate
 
 

@@ -6,7 +6,6 @@ import copy
 import io
 import traceback
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from torch import nn
 import methods
 from harness import cost, latency, models
 from harness import device as devices
+from harness.cells import Cell, Run
 from harness.data.dataset import ImageData
 from harness.errors import UserError
 from harness.evaluate import evaluate
+from harness.identity import Identity
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import ENGINE_REVISION, RETRIED, Store, identify, provenance, write_atomically
-from harness.spec import Cell, Recipe, Run
+from harness.records import RETRIED, Store, identify, provenance, write_atomically
 from harness.train import Diverged, budget_steps, make_criterion, run_phases
 
 
@@ -47,6 +47,7 @@ class Runner:
         self.run, self.spec, self.data, self.store, self.reporter = run, run.spec, data, store, reporter
         self.fresh, self.retry = fresh, retry
         self.plan = devices.plan(self.spec.device, self.spec.dtype)
+        self.identity = Identity(run, data, self.plan)
         self.trained: dict[str, Trained] = {}
         self.made_fresh: set[str] = set()
 
@@ -61,64 +62,9 @@ class Runner:
                 self._forget_others(cell)
         return failed
 
-    @cached_property
-    def context(self) -> dict[str, Any]:
-        """What all rows of a table have in common, so that they may be compared."""
-        spec = self.spec
-        return {
-            "data": self.data.identity, "backbone": spec.backbone.model_dump(), "dense_weights": self._dense_weights,
-            "budget": spec.budget.model_dump(), "recipe": spec.recipe.model_dump(), "adapt": spec.adapt_recipe.model_dump(),
-            "distill": spec.distill, "plan": self.plan.identity, "engine": ENGINE_REVISION,
-        }  # fmt: skip
-
-    @cached_property
-    def _dense_weights(self) -> str | None:
-        """What tells given dense weights from others; None where dense is trained here."""
-        return models.load_weights(self._build(0, 0.0), self.spec.dense.weights, self.spec.backbone, self.run.folder) if (
-            self.spec.dense.weights) else None  # fmt: skip
-
-    def record_id(self, cell: Cell) -> str:
-        """The id of the cell's train record."""
-        return identify({"context": self.context, **self._method_of(cell), "seed": cell.seed})
-
-    def weights_id(self, cell: Cell) -> str:
-        """What determines the cell's weights; a checkpoint is kept under it. Unlike the record's id it leaves out what only
-        matters to other cells, so that one dense network serves many benchmarks."""
-        recipe, epochs = self._training_of(cell)
-        content = {
-            "data": self.data.identity, "backbone": self.spec.backbone.model_dump(), "plan": self.plan.identity,
-            "engine": ENGINE_REVISION, "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps,
-            "dense_weights": self._dense_weights, **self._method_of(cell), "seed": cell.seed,
-        }  # fmt: skip
-        if cell.method.start == "dense" or self._has_teacher(cell):
-            content |= {"dense": self.weights_id(self._dense_cell(cell)), "teacher": self._has_teacher(cell)}
-        return identify(content)
-
-    def _method_of(self, cell: Cell) -> dict[str, Any]:
-        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision}
-
-    def _dense_cell(self, cell: Cell) -> Cell:
-        name, settings = methods.BASELINE
-        return Cell("dense", methods.create(name, **settings), cell.seed)
-
-    def _is_baseline(self, cell: Cell) -> bool:
-        return (cell.method.name, cell.method.settings) == (methods.BASELINE[0], self._dense_cell(cell).method.settings)
-
-    def _has_teacher(self, cell: Cell) -> bool:
-        if self._is_baseline(cell) or self.spec.distill == "none":
-            return False
-        return cell.method.uses_teacher or self.spec.distill == "all"
-
-    def _training_of(self, cell: Cell) -> tuple[Recipe, float]:
-        """The recipe and the epochs that the cell may spend."""
-        budget = self.spec.budget
-        if cell.method.start == "dense":
-            return self.spec.adapt_recipe, budget.adapt_epochs
-        return self.spec.recipe, budget.epochs + (0.0 if self._is_baseline(cell) else budget.adapt_epochs)
-
     def _do(self, cell: Cell, name: str) -> bool:
         """Brings one cell's records up to date; False where it failed."""
-        record_id = self.record_id(cell)
+        record_id = self.identity.record_id(cell)
         if self.fresh or self.retry:
             self.store.forget_failures(record_id)
         earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
@@ -138,7 +84,13 @@ class Runner:
             reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
             trace = traceback.format_exc().splitlines()[-12:]
             path = self.store.fail(
-                record_id, reason, message, label=cell.label, seed=cell.seed, traceback=trace, **self._method_of(cell)
+                record_id,
+                reason,
+                message,
+                label=cell.label,
+                seed=cell.seed,
+                traceback=trace,
+                **self.identity.method_of(cell),
             )
             self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
             return False
@@ -159,8 +111,8 @@ class Runner:
         vit = self._build(cell.seed, 0.0)
         sparse, on_cpu = _to_cpu(trained.sparse), _to_cpu(deployed)
         record = {
-            "id": record_id, "kind": "train", "weights_id": self.weights_id(cell), "label": cell.label, "seed": cell.seed,
-            **self._method_of(cell), "context": self.context, "context_id": identify(self.context),
+            "id": record_id, "kind": "train", "weights_id": self.identity.weights_id(cell), "label": cell.label, "seed": cell.seed,
+            **self.identity.method_of(cell), "context": self.identity.context, "context_id": identify(self.identity.context),
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
             "val_top1": val.top1 if val else None, "cost": asdict(cost.count(cell.method, vit, sparse, on_cpu, images)),
             "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
@@ -173,7 +125,7 @@ class Runner:
 
     def _weights(self, cell: Cell, name: str, fresh: bool = False) -> Trained:
         """The cell's trained model: from memory, from its checkpoint, or by training it now."""
-        weights_id = self.weights_id(cell)
+        weights_id = self.identity.weights_id(cell)
         if weights_id in self.trained:
             return self.trained[weights_id]
         path = self.store.checkpoint(weights_id)
@@ -198,13 +150,13 @@ class Runner:
         return Trained(sparse.to(self.plan.device).eval(), content["phases"])
 
     def _train(self, cell: Cell, name: str) -> Trained:
-        recipe, epochs = self._training_of(cell)
-        if self._is_baseline(cell) and self.spec.dense.weights:
+        recipe, epochs = self.identity.training_of(cell)
+        if self.identity.is_dense(cell) and self.spec.dense.weights:
             return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
-        if cell.method.start == "dense" or self._has_teacher(cell):
+        if self.identity.needs_dense(cell):
             dense = self._dense(cell, name)
         sparse = self._sparse(cell, dense if cell.method.start == "dense" else None)
-        teacher = _to_cpu(dense).to(self.plan.device) if self._has_teacher(cell) else None
+        teacher = _to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
         for model in (sparse, teacher):
             if model is not None:
                 devices.set_attention(model, self.plan.fused_attention)
@@ -217,18 +169,18 @@ class Runner:
 
     def _dense(self, cell: Cell, name: str) -> nn.Module:
         """The trained dense network of the cell's seed."""
-        dense_cell = self._dense_cell(cell)
-        failures = self.store.failures(self.record_id(dense_cell))
+        dense_cell = self.identity.dense_cell(cell)
+        failures = self.store.failures(self.identity.record_id(dense_cell))
         if failures:
             raise DenseFailed(f"the dense network that it starts from failed ({failures[-1]['message']})")
         return self._weights(dense_cell, f"{name}, its dense network").sparse
 
     def _sparse(self, cell: Cell, dense: nn.Module | None = None) -> nn.Module:
         """The cell's model in the form that trains, with initial weights: a function of the seed."""
-        vit = self._build(cell.seed, self._training_of(cell)[0].drop_path)
+        vit = self._build(cell.seed, self.identity.training_of(cell)[0].drop_path)
         if dense is not None:
             vit.load_state_dict(dense.state_dict())
-        elif self._is_baseline(cell) and self.spec.dense.weights:
+        elif self.identity.is_dense(cell) and self.spec.dense.weights:
             models.load_weights(vit, self.spec.dense.weights, self.spec.backbone, self.run.folder)
         torch.manual_seed(cell.seed + 1)
         return cell.method.sparsify(vit)
@@ -268,7 +220,7 @@ class Runner:
 
     def _forget_others(self, cell: Cell) -> None:
         """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
-        dense = self.weights_id(self._dense_cell(cell))
+        dense = self.identity.weights_id(self.identity.dense_cell(cell))
         self.trained = {key: value for key, value in self.trained.items() if key == dense}
 
 

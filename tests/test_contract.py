@@ -6,7 +6,8 @@ import textwrap
 import pytest
 
 import methods
-from harness.conformance import BACKBONES, RULES, check_method
+from harness.conformance import check_method
+from harness.rules import BACKBONES, RULES
 from methods.core import registry
 
 

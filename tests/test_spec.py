@@ -6,8 +6,9 @@ import pytest
 import yaml
 from conftest import tiny_spec
 
+from harness.cells import expand, load_run
 from harness.errors import UserError
-from harness.spec import Entry, expand, find_spec, load_run
+from harness.spec import Entry, find_spec
 
 
 @pytest.fixture

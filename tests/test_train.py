@@ -10,8 +10,8 @@ from torch import nn
 
 import methods
 from harness import device
-from harness.conformance import RECIPE, _data
 from harness.errors import UserError
+from harness.rules import RECIPE, random_data
 from harness.spec import Recipe
 from harness.train import Diverged, budget_steps, make_criterion, make_optimizer, run_phases
 from methods.core.objective import Classification
@@ -27,7 +27,7 @@ def vit():
 
 
 def run(phases, steps=6, recipe=RECIPE, seed=0, watch=lambda progress: None):
-    return run_phases(phases, steps, recipe, _data(), PLAN, seed, watch)
+    return run_phases(phases, steps, recipe, random_data(), PLAN, seed, watch)
 
 
 def train_phase(model, **changes):
@@ -56,7 +56,7 @@ def test_phases_of_all_kinds_share_the_budget():
     ]
 
 
-def test_a_second_train_phase_goes_on_with_the_data():
+def test_a_second_train_phase_goes_on_with_therandom_data():
     class Remember(nn.Module):
         def __init__(self):
             super().__init__()
@@ -121,7 +121,7 @@ def test_one_seed_one_result(optimizer):
 
 def test_training_learns():
     """Seven classes of brightness."""
-    data, losses = _data(), []
+    data, losses = random_data(), []
     data.train.images[:] = (data.train.labels * 36).byte()[:, None, None, None]
     recipe = RECIPE.model_copy(update={"lr": 0.003, "label_smoothing": 0.0})
     run_phases([train_phase(vit())], 160, recipe, data, PLAN, 0, lambda progress: losses.append(progress.loss))
@@ -142,7 +142,7 @@ def test_an_unknown_optimizer_is_told():
 
 
 def test_budgets_in_steps():
-    data = _data()
+    data = random_data()
     assert budget_steps(data, RECIPE, 2.5, None) == 10
     assert budget_steps(data, RECIPE, 2.5, 3) == 3
     assert budget_steps(data, RECIPE, 0.01, None) == 1

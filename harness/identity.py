@@ -1,0 +1,91 @@
+"""What determines a result: the ids under which records and checkpoints are kept."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import methods
+from harness import models
+from harness.cells import Cell, Run
+from harness.data.dataset import ImageData
+from harness.device import Plan
+from harness.records import ENGINE_REVISION, identify
+from harness.spec import Recipe
+
+
+class Identity:
+    """Answers, for the cells of one run: which record, which weights, trained from what, with which recipe."""
+
+    def __init__(self, run: Run, data: ImageData, plan: Plan) -> None:
+        self.run, self.spec, self.data, self.plan = run, run.spec, data, plan
+
+    @cached_property
+    def context(self) -> dict[str, Any]:
+        """What all rows of a table have in common, so that they may be compared."""
+        spec = self.spec
+        return self._setting | {
+            "budget": spec.budget.model_dump(), "recipe": spec.recipe.model_dump(), "adapt": spec.adapt_recipe.model_dump(),
+            "distill": spec.distill,
+        }  # fmt: skip
+
+    @cached_property
+    def _setting(self) -> dict[str, Any]:
+        return {
+            "data": self.data.identity, "backbone": self.spec.backbone.model_dump(), "dense_weights": self.dense_weights,
+            "plan": self.plan.identity, "engine": ENGINE_REVISION,
+        }  # fmt: skip
+
+    @cached_property
+    def dense_weights(self) -> str | None:
+        """What tells given dense weights from others; None where the dense network is trained here."""
+        weights, backbone = self.spec.dense.weights, self.spec.backbone
+        if weights is None:
+            return None
+        model = models.build(backbone, self.data.classes, self.data.image_size, seed=0)
+        return models.load_weights(model, weights, backbone, self.run.folder)
+
+    def record_id(self, cell: Cell) -> str:
+        """The id of the cell's train record."""
+        return identify({"context": self.context, **self.method_of(cell), "seed": cell.seed})
+
+    def weights_id(self, cell: Cell) -> str:
+        """What determines the cell's weights; a checkpoint is kept under it. Unlike the record's id it leaves out what only
+        matters to other cells, so that one dense network serves many benchmarks."""
+        recipe, epochs = self.training_of(cell)
+        content = self._setting | self.method_of(cell) | {
+            "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
+        }  # fmt: skip
+        if self.needs_dense(cell):
+            content |= {"dense": self.weights_id(self.dense_cell(cell)), "teacher": self.has_teacher(cell)}
+        return identify(content)
+
+    def method_of(self, cell: Cell) -> dict[str, Any]:
+        """The part of an id, and of a record, that says which method it is."""
+        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision}
+
+    def dense_cell(self, cell: Cell) -> Cell:
+        """The dense network of the cell's seed."""
+        name, settings = methods.BASELINE
+        return Cell("dense", methods.create(name, **settings), cell.seed)
+
+    def is_dense(self, cell: Cell) -> bool:
+        """Whether the cell is that dense network itself."""
+        return self.method_of(cell) == self.method_of(self.dense_cell(cell))
+
+    def has_teacher(self, cell: Cell) -> bool:
+        """Whether the cell learns from the dense network's outputs."""
+        if self.is_dense(cell) or self.spec.distill == "none":
+            return False
+        return cell.method.uses_teacher or self.spec.distill == "all"
+
+    def needs_dense(self, cell: Cell) -> bool:
+        """Whether the trained dense network is needed to train the cell."""
+        return cell.method.start == "dense" or self.has_teacher(cell)
+
+    def training_of(self, cell: Cell) -> tuple[Recipe, float]:
+        """The recipe and the epochs that the cell may spend: what starts from scratch gets the dense budget as well."""
+        budget = self.spec.budget
+        if cell.method.start == "dense":
+            return self.spec.adapt_recipe, budget.adapt_epochs
+        return self.spec.recipe, budget.epochs + (0.0 if self.is_dense(cell) else budget.adapt_epochs)
