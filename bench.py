@@ -57,9 +57,14 @@ def run(
     retry: Annotated[
         bool, typer.Option("--retry", help="Try cells again that failed with an error or diverged.")
     ] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the latency of all cells again.")] = False,
 ) -> None:
     """Runs a benchmark and writes the leaderboard."""
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            option = "--" + given[0].strip("_").replace("_", "-")
+            raise typer.BadParameter(f"write it after {context.invoked_subcommand}", param_hint=option)
         return
     from harness.cells import load_run
     from harness.data.cards import check_sum, find_root, load_card
@@ -74,10 +79,10 @@ def run(
     root = find_root(card, card_file, data_root)
     if card.reader == "npz":
         check_sum(card, root)
-    raise typer.Exit(_execute(chosen, results, data_root, fresh, retry))
+    raise typer.Exit(_execute(chosen, results, data_root, fresh=fresh, retry=retry, remeasure=remeasure))
 
 
-def _execute(chosen: Run, results: Path, data_root: str | None, fresh: bool, retry: bool) -> int:
+def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -> int:
     """Runs the cells, shows the tables, writes the leaderboard: 0, or 1 if a cell failed, or 130 after Ctrl-C."""
     from harness.progress import Reporter
     from harness.records import Store
@@ -89,12 +94,12 @@ def _execute(chosen: Run, results: Path, data_root: str | None, fresh: bool, ret
             from harness.runner import Runner
 
             reporter.say(f"data: {chosen.spec.data.card}")
-            data = open_data(chosen.spec.data, chosen.folder, data_root)
-            failed = Runner(chosen, data, Store(results, chosen.name), reporter, fresh, retry).execute()
+            data = open_data(chosen.spec.data, chosen.folder, data_root, chosen.spec.recipe.crop)
+            failed = Runner(chosen, data, Store(results, chosen.name), reporter, **again).execute()
         except KeyboardInterrupt:
             reporter.done("stopped; finished cells are kept, and the same command goes on with the rest")
             return 130
-    _write_leaderboard(results, only=chosen.name)
+    _write_leaderboard(results, only=chosen.name, must_have=False)
     return 1 if failed else 0
 
 
@@ -105,6 +110,10 @@ def leaderboard(
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers as CSV, too.")] = None,
 ) -> None:
     """Writes leaderboard.md from the records, and shows it."""
+    from harness.errors import UserError
+
+    if not results.is_dir():
+        raise UserError(f"--results {results}: no such folder")
     _write_leaderboard(results, benchmark, csv)
 
 
@@ -168,11 +177,13 @@ def show(
     show_record(records.load(records.find(results, record)))
 
 
-def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None) -> None:
+def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None, must_have: bool = True) -> None:
     from rich.console import Console
 
     from harness import render
+    from harness.errors import UserError
     from harness.leaderboard import tables
+    from methods.core.registry import unknown
 
     everything = tables(results)
     target = (ROOT if results.resolve() == ROOT / "results" else results) / "leaderboard.md"
@@ -180,6 +191,8 @@ def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None 
     if csv is not None:
         render.write_csv(everything, csv)
     shown = [table for table in everything if only is None or table.benchmark == only]
+    if must_have and only is not None and not shown:
+        raise UserError(unknown("benchmark", only, dict.fromkeys(table.benchmark for table in everything)))
     console = Console(highlight=False)
     render.show(shown, console if console.is_terminal else Console(highlight=False, width=160))
     typer.echo(
@@ -234,10 +247,18 @@ def main() -> None:
     from harness.errors import UserError
 
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        code = 2
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of the command line's own errors, wherever typer keeps their class
+            raise
+        typer.echo(f"error: {error.format_message()}  (--help shows what there is)", err=True)
+        code = error.exit_code
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _label(entry: Entry, chosen: dict[str, Any], swept: list[str]) -> str:
     """The row's label; what is swept appears in it, by a {setting} or at its end."""
     try:
         label = entry.label.format(**chosen) if entry.label else entry.method
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"label {entry.label!r}: {error} is no setting of this entry") from None
     shown = [key for key in (swept if entry.label else chosen) if f"{{{key}}}" not in (entry.label or "")]
     return " ".join([label, *(f"{key}={chosen[key]}" for key in shown)])
@@ -120,6 +120,10 @@ def load_run(
     for override in overrides:
         key, value = parse_override(override)
         head, *rest = key.split(".")
+        if key in ("entries", "plugins"):
+            raise UserError(
+                f"--set {key}: use {'--methods and METHOD.SETTING=VALUE' if key == 'entries' else '--plugin'}"
+            )
         if head in Spec.model_fields:
             _set_key(values, [head, *rest], value)
         else:

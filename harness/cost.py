@@ -24,7 +24,17 @@ with warnings.catch_warnings():
 
 # Operations that move, compare or scale elements: they have no multiply-adds of a matrix product. Any other operation
 # without a handler is an error, so that no product is ever missed silently.
-FREE_OPS = frozenset("aten::" + op for op in ["__and__", "__or__", "__rshift__", "__xor__", "abs", "add", "add_", "amax", "amin", "argmax", "argmin", "argsort", "bernoulli", "bitwise_and", "bitwise_or", "bitwise_xor", "broadcast_tensors", "ceil", "clamp_min", "concat", "cos", "cumsum", "div", "div_", "dropout_", "embedding", "eq", "erf", "exp", "expand_as", "fill_", "floor_divide", "ge", "gelu", "gt", "hardtanh", "index_fill", "index_select", "is_floating_point", "isnan", "le", "lerp", "linalg_vector_norm", "log", "log_softmax", "logical_and", "logical_not", "logical_or", "lt", "masked_fill_", "masked_select", "maximum", "mean", "min", "minimum", "movedim", "mul", "mul_", "ne", "neg", "new_ones", "norm", "one_hot", "ones_like", "pad", "pow", "prod", "rand", "rand_like", "randn", "reciprocal", "repeat", "repeat_interleave", "roll", "round", "rsqrt", "rsub", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "sigmoid", "sign", "silu", "sin", "softmax", "sort", "split_with_sizes", "sqrt", "square", "std", "sub", "sub_", "sum", "swapaxes", "swapdims", "take_along_dim", "tanh", "tensor_split", "topk", "tril", "triu", "type_as", "unsqueeze_", "var", "view_as", "where", "zero_", "zeros_like"])  # fmt: skip
+FREE_OPS = frozenset("aten::" + op for op in """
+    __and__ __or__ __rshift__ __xor__ abs add add_ amax amin argmax argmin argsort bernoulli bitwise_and
+    bitwise_or bitwise_xor broadcast_tensors ceil clamp_min concat cos cumsum div div_ dropout_ embedding eq erf
+    exp expand_as eye fill_ floor_divide ge gelu gt hardtanh index_fill index_select is_floating_point isnan le
+    lerp linalg_vector_norm log log_softmax logical_and logical_not logical_or lt masked_fill_ masked_select
+    maximum mean meshgrid min minimum movedim mul mul_ ne neg new_ones norm one_hot ones_like pad pow prod rand
+    rand_like randn reciprocal repeat repeat_interleave roll round rsqrt rsub scatter scatter_ scatter_add
+    scatter_add_ scatter_reduce sigmoid sign silu sin softmax sort split_with_sizes sqrt square stack std sub sub_
+    sum swapaxes swapdims take_along_dim tanh tensor_split topk tril triu type_as unsqueeze_ var view_as where
+    zero_ zeros_like
+""".split())  # fmt: skip
 
 
 class UncountedOperation(RuntimeError):
@@ -48,9 +58,7 @@ def count(method: Method, vit: nn.Module, sparse: nn.Module, deployed: nn.Module
     where they differ."""
     sparse = sparse.eval()
     report = method.report(sparse, images)
-    varies = any(
-        tensor.unique().numel() > 1 for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)
-    )
+    varies = _varies(report)
     one = images if varies else images[:1]
     return Costs(
         macs_dense=traced_macs(vit, images[:1]),
@@ -61,6 +69,14 @@ def count(method: Method, vit: nn.Module, sparse: nn.Module, deployed: nn.Module
             sum(p.numel() * report.weight_density.get(name, 1.0) for name, p in deployed.named_parameters())
         ),
     )
+
+
+def _varies(report: Report) -> bool:
+    """Whether images differ in what they cost."""
+    per_image = [tensor for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)]
+    per_image += [extra.macs for extra in report.overhead]
+    per_image += [block.attention_density for block in report.blocks if block.attention_density is not None]
+    return any(bool((tensor != tensor[:1]).any()) for tensor in per_image)
 
 
 def traced_macs(model: nn.Module, images: Tensor) -> float:

@@ -47,7 +47,8 @@ class Identity:
 
     def record_id(self, cell: Cell) -> str:
         """The id of the cell's train record."""
-        return identify({"context": self.context, **self.method_of(cell), "seed": cell.seed})
+        content = {"context": self.context, "weights_id": self.weights_id(cell), "images": self.spec.measure.images}
+        return identify(content | self.method_of(cell) | {"seed": cell.seed})
 
     def weights_id(self, cell: Cell) -> str:
         """What determines the cell's weights; a checkpoint is kept under it. Unlike the record's id it leaves out what only

@@ -8,12 +8,16 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
+from harness import cost
 from harness.errors import UserError
 from harness.spec import Backbone
 from methods.core.registry import unknown
+
+LONGEST = 200  # characters of another library's message that are shown
 
 
 def build(
@@ -29,6 +33,20 @@ def build(
         return timm.create_model(backbone.name, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"backbone {backbone.name} with {kwargs}: {_first_line(error)}") from None
+
+
+def require_countable(model: nn.Module, name: str) -> None:
+    """UserError unless the model is a vision transformer for RGB images whose multiply-adds the formula knows."""
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"backbone {name}: a {type(model).__name__}; only timm's VisionTransformer is supported yet")
+    images = torch.zeros(1, 3, *model.patch_embed.img_size)
+    try:
+        agrees, formula, traced = cost.dense_formula_holds(model, images)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"backbone {name}: cannot be counted: {_first_line(error)}") from None
+    if not agrees:
+        raise UserError(f"backbone {name}: the formula gives {formula:.4g} multiply-adds and the trace {traced:.4g}: it has parts "
+                        "that the formula does not know")  # fmt: skip
 
 
 def unknown_backbone(name: str) -> str:
@@ -78,6 +96,8 @@ def read_state(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             return content[key]
@@ -95,4 +115,5 @@ def state_digest(state: dict[str, Any]) -> str:
 
 def _first_line(error: BaseException, lines: int = 1) -> str:
     text = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
-    return " ".join(text[:lines]) or type(error).__name__
+    words = " ".join(text[:lines]) or type(error).__name__
+    return words if len(words) <= LONGEST else words[:LONGEST] + " ..."

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from harness.cells import expand
 from harness.data.cards import CARD_FOLDER, load_card
-from harness.errors import UserError
 from harness.spec import SPEC_FOLDER, Backbone, Entry, Spec
 from harness.yamlfile import read, validate
 
@@ -42,13 +41,8 @@ def cost_rows(
     from methods import Unsupported
 
     vit = models.build(Backbone(name=backbone, kwargs=kwargs), None, image_size, seed=0).eval()
-    if not (hasattr(vit, "patch_embed") and hasattr(vit, "blocks")):
-        raise UserError(f"backbone {backbone}: a {type(vit).__name__}; only timm's VisionTransformer can be counted")
+    models.require_countable(vit, backbone)
     images = torch.randn(2, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    agrees, formula, traced = cost.dense_formula_holds(vit, images)
-    if not agrees:
-        raise UserError(f"backbone {backbone}: the formula gives {formula / 1e9:.4f} GMACs and the trace {traced / 1e9:.4f}; "
-                        "it has parts that the formula does not know")  # fmt: skip
     rows, refused = [], []
     for _, method in chosen:
         try:

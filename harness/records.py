@@ -16,6 +16,12 @@ from harness.errors import UserError
 from harness.spec import ROOT
 
 ENGINE_REVISION = 1  # raised whenever a change of the harness changes training results
+REQUIRED = {  # what the leaderboard reads of a record, by its kind
+    "train": ("label", "seed", "method", "settings", "revision", "weights_id", "context", "context_id", "top1", "top5", "correct",
+              "test_images", "cost"),
+    "measure": ("weights_id", "device", "driver", "dtype", "mode", "batch", "latency"),
+    "failure": ("reason", "message"),
+}  # fmt: skip
 RETRIED = {"crash", "memory", "timeout"}  # failures that may go away by themselves
 
 
@@ -40,8 +46,17 @@ def provenance() -> dict[str, Any]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """The file is either whole or not there, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file is either whole or not there, whatever happens. UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(None, "is a directory")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -70,16 +85,9 @@ class Store:
         return self.results / "checkpoints" / f"{train_id}.pt"
 
     def read(self, record_id: str) -> dict[str, Any] | None:
-        """The record of that id, from this benchmark, or copied here from another one that made the same."""
+        """The record of that id, or None."""
         path = self.folder / f"{record_id}.json"
-        if path.exists():
-            return load(path)
-        elsewhere = next(iter(sorted(self.results.glob(f"*/{record_id}.json"))), None)
-        if elsewhere is None:
-            return None
-        record = load(elsewhere)
-        write_atomically(path, elsewhere.read_bytes())
-        return record
+        return load(path) if path.exists() else None
 
     def write(self, record: dict[str, Any]) -> None:
         write_atomically(self.folder / f"{record['id']}.json", _dump(record))
@@ -115,8 +123,11 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"record {path}: {(error.strerror or str(error)).lower()}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"record {path}: not valid JSON ({error}); delete it to make it again") from None
-    if not isinstance(record, dict) or not {"id", "kind"} <= record.keys():
+    if not isinstance(record, dict) or record.get("kind") not in REQUIRED or "id" not in record:
         raise UserError(f"record {path}: has no id and kind, so it is no record of this project")
+    missing = [key for key in REQUIRED[record["kind"]] if key not in record]
+    if missing:
+        raise UserError(f"record {path}: lacks {missing[0]!r}; delete it to make it again")
     return record
 
 

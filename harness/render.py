@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from harness.leaderboard import Row, Table
@@ -116,9 +117,9 @@ def show(tables: list[Table], console: Console) -> None:
         head, *body = _cells(table)
         rich = RichTable(title=f"{table.benchmark}: {_title(table)}", title_justify="left")
         for index, name in enumerate(head):
-            rich.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+            rich.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
         for cells in body:
-            rich.add_row(*cells)
+            rich.add_row(*map(escape, cells))
         console.print(rich)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.optim import list_optimizers
 from torch import nn
 
 import methods
@@ -24,6 +25,7 @@ from harness.packing import pack
 from harness.progress import Reporter
 from harness.records import RETRIED, Store, identify, provenance, write_atomically
 from harness.train import Diverged, budget_steps, make_criterion, run_phases
+from methods.core.registry import unknown
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,25 @@ class Runner:
     """One run of a benchmark: `execute` does all cells and returns how many failed."""
 
     def __init__(
-        self, run: Run, data: ImageData, store: Store, reporter: Reporter, fresh: bool = False, retry: bool = False
+        self,
+        run: Run,
+        data: ImageData,
+        store: Store,
+        reporter: Reporter,
+        fresh: bool = False,
+        retry: bool = False,
+        remeasure: bool = False,
     ) -> None:
         self.run, self.spec, self.data, self.store, self.reporter = run, run.spec, data, store, reporter
-        self.fresh, self.retry = fresh, retry
+        self.fresh, self.retry, self.remeasure = fresh, retry, remeasure
         self.plan = devices.plan(self.spec.device, self.spec.dtype)
         self.identity = Identity(run, data, self.plan)
         self.trained: dict[str, Trained] = {}
         self.made_fresh: set[str] = set()
 
     def execute(self) -> int:
-        """Cell by cell; a failed one does not stop the others."""
+        """Cell by cell; a failed one does not stop the others. UserError where no cell could work."""
+        self._check_what_all_need()
         cells, failed = self.run.cells(), 0
         for number, cell in enumerate(cells, 1):
             name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
@@ -61,6 +71,14 @@ class Runner:
             finally:
                 self._forget_others(cell)
         return failed
+
+    def _check_what_all_need(self) -> None:
+        for key, recipe in (("recipe", self.spec.recipe), ("adapt", self.spec.adapt_recipe)):
+            if recipe.optimizer not in list_optimizers():
+                raise UserError(f"{key}: {unknown('optimizer', recipe.optimizer, list_optimizers())}")
+        vit = self._build(0, 0.0)
+        models.require_countable(vit, self.spec.backbone.name)
+        _ = self.identity.context  # given dense weights are read here
 
     def _do(self, cell: Cell, name: str) -> bool:
         """Brings one cell's records up to date; False where it failed."""
@@ -76,10 +94,14 @@ class Runner:
         try:
             record = None if self.fresh and record_id not in self.made_fresh else self.store.read(record_id)
             present = record is not None
+            if present and record["label"] != cell.label:  # a row may be renamed; what was measured stays
+                record["label"] = cell.label
+                self.store.write(record)
             record = record or self._train_record(cell, record_id, name)
             measured = self._measure(cell, record, name)
-        except UserError:
-            raise
+        except (UserError, DenseFailed) as error:  # nothing that trying again later would change by itself: no attempt
+            self.reporter.done(f"{name}: FAILED ({error})")
+            return False
         except Exception as error:
             reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
             trace = traceback.format_exc().splitlines()[-12:]
@@ -105,9 +127,7 @@ class Runner:
         deployed = cell.method.deploy(trained.sparse)
         test = evaluate(deployed, self.data, "test", self.plan)
         val = evaluate(deployed, self.data, "val", self.plan) if len(self.data.val_ids) else None
-        images = next(
-            self.data.eval_batches("val" if val else "test", self.spec.measure.images, torch.device("cpu"))
-        ).images
+        images = next(self.data.eval_batches(self._held_out, self.spec.measure.images, torch.device("cpu"))).images
         vit = self._build(cell.seed, 0.0)
         sparse, on_cpu = _to_cpu(trained.sparse), _to_cpu(deployed)
         record = {
@@ -157,9 +177,6 @@ class Runner:
             dense = self._dense(cell, name)
         sparse = self._sparse(cell, dense if cell.method.start == "dense" else None)
         teacher = _to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
-        for model in (sparse, teacher):
-            if model is not None:
-                devices.set_attention(model, self.plan.fused_attention)
         self.reporter.begin(name, "training")
         sparse = sparse.to(self.plan.device)
         phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
@@ -183,7 +200,9 @@ class Runner:
         elif self.identity.is_dense(cell) and self.spec.dense.weights:
             models.load_weights(vit, self.spec.dense.weights, self.spec.backbone, self.run.folder)
         torch.manual_seed(cell.seed + 1)
-        return cell.method.sparsify(vit)
+        sparse = cell.method.sparsify(vit)
+        devices.set_attention(sparse, self.plan.fused_attention)
+        return sparse
 
     def _build(self, seed: int, drop_path: float) -> nn.Module:
         return models.build(self.spec.backbone, self.data.classes, self.data.image_size, seed, drop_path)
@@ -198,8 +217,7 @@ class Runner:
                 "dtype": dtype, "mode": "eager", "batch": batch,
             }  # fmt: skip
             record_id = identify(key)
-            remeasure = self.fresh and record["id"] in self.made_fresh
-            if not remeasure and self.store.read(record_id) is not None:
+            if not (self.fresh or self.remeasure) and self.store.read(record_id) is not None:
                 continue
             deployed, dense = cell.method.deploy(self._weights(cell, name).sparse), self._build(cell.seed, 0.0)
             self.reporter.begin(name, f"measuring, batch {batch}")
@@ -213,10 +231,14 @@ class Runner:
         return made
 
     def _images(self, count: int) -> torch.Tensor:
-        """Real validation images on the device, repeated where there are too few."""
-        batches = self.data.eval_batches("test", min(count, len(self.data.test.labels)), self.plan.device)
-        images = next(batches).images
+        """Real images on the device, repeated where there are too few."""
+        images = next(self.data.eval_batches(self._held_out, count, self.plan.device)).images
         return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
+
+    @property
+    def _held_out(self) -> str:
+        """The split that costs are counted and timed on."""
+        return "val" if len(self.data.val_ids) else "test"
 
     def _forget_others(self, cell: Cell) -> None:
         """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
@@ -245,7 +267,7 @@ def _summary(report: methods.Report) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "memory"
     if isinstance(error, Diverged | FloatingPointError):
         return "divergence"

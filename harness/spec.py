@@ -19,6 +19,15 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+MANAGED = {  # arguments of timm's constructors that other parts of a spec decide
+    "pretrained": "use dense.weights",
+    "num_classes": "it comes from the data",
+    "img_size": "use data.image_size",
+    "in_chans": "images always have 3 channels",
+    "drop_path_rate": "use recipe.drop_path",
+}
+
+
 class Data(Strict):
     """card: a name in datasets/ or the path of a card. image_size: None takes the card's. workers: processes that decode
     images that do not fit into memory."""
@@ -38,6 +47,13 @@ class Backbone(Strict):
 
     name: str = "deit_small_patch16_224"
     kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> Backbone:
+        for key, place in MANAGED.items():
+            if key in self.kwargs:
+                raise ValueError(f"kwargs: {key} is not set here; {place}")
+        return self
 
 
 class Dense(Strict):

@@ -112,10 +112,10 @@ def _train(
     if steps < 1:
         raise UserError(f"the budget gives phase {phase.name!r} no step; raise budget.adapt_epochs")
     objective = phase.objective.to(plan.device).train()
-    optimizer, frozen = make_optimizer(phase, recipe)
+    optimizer = make_optimizer(phase, recipe)
     warmup = min(round(recipe.warmup_epochs * data.steps_per_epoch(recipe.batch_size)), steps // 2)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=steps - warmup, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=True,
+        optimizer, t_initial=steps - warmup + 1, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
     every, started = max(math.ceil(steps / CURVE_POINTS), 1), devices.clock(plan.device)
@@ -123,7 +123,7 @@ def _train(
     for step, batch in enumerate(data.train_batches(recipe, seed, first, last, plan.device)):
         schedule.step_update(step + 1)
         for group in optimizer.param_groups:
-            if step < frozen[group["group"]] * steps:
+            if step < group["frozen"] * steps:
                 group["lr"] = 0.0
         if phase.before_step:
             phase.before_step(step, steps)
@@ -156,9 +156,9 @@ def _train(
     objective.eval()
 
 
-def make_optimizer(phase: TrainPhase, recipe: Recipe) -> tuple[torch.optim.Optimizer, dict[str, float]]:
-    """timm's optimizer over the phase's groups, and by group the share of the steps in which it is frozen. As in DeiT,
-    one-dimensional parameters and the model's own exceptions get no weight decay."""
+def make_optimizer(phase: TrainPhase, recipe: Recipe) -> torch.optim.Optimizer:
+    """timm's optimizer over the phase's groups; an entry "frozen" in them is the share of the steps with rate 0. As in
+    DeiT, one-dimensional parameters and the model's own exceptions get no weight decay."""
     trainable = [p for p in phase.objective.parameters() if p.requires_grad]
     groups = phase.groups if phase.groups is not None else [Group("all", trainable)]
     exempt = {id(p) for model in phase.objective.modules() if hasattr(model, "no_weight_decay")
@@ -170,15 +170,9 @@ def make_optimizer(phase: TrainPhase, recipe: Recipe) -> tuple[torch.optim.Optim
         for part, decay in ((bare, 0.0), (decayed, recipe.weight_decay)):
             if part:
                 parameters.append({
-                    "params": part, "weight_decay": decay, "lr": recipe.lr, "lr_scale": group.lr_scale, "group": group.name,
+                    "params": part, "weight_decay": decay, "lr": recipe.lr, "lr_scale": group.lr_scale, "frozen": group.frozen,
                 })  # fmt: skip
-    try:
-        optimizer = create_optimizer_v2(
-            parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay
-        )
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"recipe.optimizer {recipe.optimizer!r}: {error}") from None
-    return optimizer, {group.name: group.frozen for group in groups}
+    return create_optimizer_v2(parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ Loc = tuple[str | int, ...]
 class Strict(pydantic.BaseModel):
     """Base of everything that people write: an unknown key is an error."""
 
-    model_config = pydantic.ConfigDict(extra="forbid")
+    model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def read(path: Path, what: str) -> tuple[Any, dict[Loc, int]]:
@@ -35,6 +35,8 @@ def read(path: Path, what: str) -> tuple[Any, dict[Loc, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = _lines(node, ()) if node else {}
         content = yaml.safe_load(text)
+    except (RecursionError, TypeError):
+        raise UserError(f"{what} {path}: not valid: keys must be words, and nothing may contain itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
@@ -69,7 +71,8 @@ def _explain(model: type, error: pydantic.ValidationError, source: str, lines: d
     if first["type"] == "missing":
         return f"{place}: {dotted} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {dotted + ': ' if dotted else ''}{message[:1].lower()}{message[1:]} (got {first['input']!r})"
+    got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+    return f"{place}: {dotted + ': ' if dotted else ''}{message[:1].lower()}{message[1:]}{got}"
 
 
 def fields_at(model: Any, loc: Loc) -> list[str]:

@@ -7,16 +7,14 @@ from torch import Tensor, nn
 
 import methods
 from methods.core.noise import Noise, image_keys
-from methods.dynamicvit import DynamicViTMethod
-from methods.dynamicvit import Settings as DynamicSettings
+from methods.dynamicvit import DynamicViTMethod, PruningSettings
 from methods.dynamicvit.model import DynamicViT
 
 
-class Settings(DynamicSettings):
-    """As DynamicViT's (the places, the rates, the losses), without a ratio loss, since the numbers are exact.
+class Settings(PruningSettings):
+    """DynamicViT's places, rates and losses, but for the ratio loss: the numbers are exact.
     seed: which random tokens evaluation removes."""
 
-    ratio_weight: float = 0.0
     seed: int = 0
 
 
@@ -29,8 +27,11 @@ class RandomViT(DynamicViT):
     def add_predictors(self) -> None:
         self.score_predictor = nn.ModuleList()
 
-    def keep_scores(self, stage: int, patches: Tensor, images: Tensor) -> Tensor:
-        return Noise(self.seed, 0, image_keys(images)).uniform(f"stage{stage}", patches.shape[1])
+    def look(self, images: Tensor) -> Tensor:
+        return image_keys(images)
+
+    def keep_scores(self, stage: int, patches: Tensor, seen: Tensor) -> Tensor:
+        return Noise(self.seed, 0, seen).uniform(f"stage{stage}", patches.shape[1])
 
     def decide(self, stage: int, patches: Tensor, keep: Tensor, noise: Noise) -> Tensor:
         scores = noise.uniform(f"stage{stage}", patches.shape[1]) * keep.squeeze(-1)
@@ -50,3 +51,11 @@ class RandomMethod(DynamicViTMethod):
         sparse = super().sparsify(vit)
         sparse.seed = self.settings.seed
         return sparse
+
+    @property
+    def ratio_weight(self) -> float:
+        return 0.0
+
+    @property
+    def predictor_rate(self) -> float:
+        return 1.0

@@ -23,7 +23,7 @@ from methods.core.vit import specialise
 class FirstTokens(StagedPruning):
     """Keeps the patches that come first."""
 
-    def keep_scores(self, stage, patches, images):
+    def keep_scores(self, stage, patches, seen):
         return -patches.new_ones(patches.shape[:2]).cumsum(dim=1)
 
 

@@ -30,6 +30,7 @@ def _forget_plug_ins():
     for name, cls in list(registry._registered.items()):
         if not cls.__module__.startswith("methods."):
             del registry._registered[name]
+            registry._plug_ins.clear()
             sys.modules.pop(cls.__module__, None)
 
 

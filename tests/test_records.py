@@ -31,19 +31,42 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"a\.json: cannot be written: no space left on device"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.json", tmp_path):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_atomically(path, b"x")
+
+
+def a_train_record(record_id="ab12"):
+    return {key: 0 for key in records.REQUIRED["train"]} | {
+        "id": record_id,
+        "kind": "train",
+        "top1": 0.1 + 0.2,
+        "label": "Δ",
+    }
+
+
 def test_a_record_comes_back_as_it_was(tmp_path):
-    store = Store(tmp_path, "b")
-    record = {"id": "ab12", "kind": "train", "top1": 0.1 + 0.2, "text": "Δ"}
+    store, record = Store(tmp_path, "b"), a_train_record()
     store.write(record)
     assert store.read("ab12") == record
     assert store.read("other") is None
     assert list(records.load_all(tmp_path)) == [("b", record)]
+
+
+def test_a_record_that_lacks_something_is_named(tmp_path):
+    record = a_train_record()
+    del record["weights_id"]
+    Store(tmp_path, "b").write(record)
+    with pytest.raises(UserError, match=r"ab12\.json: lacks 'weights_id'; delete it"):
+        Store(tmp_path, "b").read("ab12")
 
 
 def test_numbers_that_json_does_not_have_are_refused(tmp_path):
@@ -52,10 +75,10 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_the_same_measurement_serves_another_benchmark(tmp_path):
-    Store(tmp_path, "one").write({"id": "ab12", "kind": "measure"})
-    assert Store(tmp_path, "two").read("ab12") == {"id": "ab12", "kind": "measure"}
-    assert (tmp_path / "two" / "ab12.json").exists()
+def test_a_benchmark_does_not_take_records_from_another(tmp_path):
+    """What is committed for one benchmark must not keep another from running."""
+    Store(tmp_path, "one").write(a_train_record())
+    assert Store(tmp_path, "two").read("ab12") is None
 
 
 def test_failures_are_numbered_and_forgotten(tmp_path):

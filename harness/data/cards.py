@@ -33,8 +33,9 @@ class Card(Strict):
 
     reader: "npz" (arrays {split}_images [N, H, W] or [N, H, W, 3] uint8 and {split}_labels [N]), "folder" (an ImageFolder
         tree), or any of timm's reader names: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME.
-    root: file or folder, relative to the card; --data-root and the environment variable SPARSE_VIT_BENCH_DATA replace it.
-    sha256: of the file behind `root`, checked on load. options: further arguments of timm's reader.
+    root: file or folder, relative to the card; --data-root replaces it; without one the environment variable
+        SPARSE_VIT_BENCH_DATA is asked. options: further arguments of timm's reader.
+    sha256: checked on load; of the file (npz), or the data's checksum as records show it.
     classes: their number; None: as many as the training split has. val_fraction: share of the training split held out
         for curves and tuning. sizes: number of images per split, for readers that cannot tell (wds).
     crop_pct: evaluation resizes the short side to image_size / crop_pct and crops the centre.
@@ -77,18 +78,16 @@ def find_card(name: str, folder: Path | None = None) -> Path:
 def load_card(name: str, folder: Path | None = None) -> tuple[Card, Path]:
     """The card of that name or path, and its file."""
     path = find_card(name, folder)
-    return validate(Card, *_swap(read(path, "data card"), str(path))), path
-
-
-def _swap(content_lines: tuple, source: str) -> tuple:
-    content, lines = content_lines
-    return content, source, lines
+    content, lines = read(path, "data card")
+    return validate(Card, content, str(path), lines), path
 
 
 def find_root(card: Card, card_file: Path, data_root: str | None) -> Path | None:
-    """Where the card's images are: --data-root, the environment variable, the card's own root, in this order. UserError
+    """Where the card's images are: --data-root, the card's own root, the environment variable, in this order. UserError
     where nothing is there."""
-    given, said = data_root or os.environ.get(ROOT_VARIABLE), "--data-root" if data_root else ROOT_VARIABLE
+    given, said = data_root, "--data-root"
+    if not data_root and not card.root:
+        given, said = os.environ.get(ROOT_VARIABLE), ROOT_VARIABLE
     if given:
         root, origin = Path(given).expanduser(), f"{said} {given}"
     elif card.root:

@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from harness.data.cards import Card, find_root, load_card
+from harness.data.cards import Card, check_sum, find_root, load_card
 from harness.data.sources import (
     Arrays,
     Split,
@@ -162,17 +162,20 @@ class ImageData:
         )  # fmt: skip
 
 
-def open_data(data: Data, spec_folder: Path, data_root: str | None = None) -> ImageData:
-    """Opens the data of a spec. UserError for a missing root, a bad checksum, a class-count mismatch."""
+def open_data(data: Data, spec_folder: Path, data_root: str | None = None, crop: str = "none") -> ImageData:
+    """Opens the data of a spec, for training with that crop (see Recipe). UserError for a missing root, a bad checksum, a
+    class-count mismatch."""
     card, card_file = load_card(data.card, spec_folder)
     root = find_root(card, card_file, data_root)
     size = data.image_size or card.image_size
-    if card.reader == "npz" and root.exists():
-        check_sum_of(card, root, {})
+    checksum = check_sum(card, root) if card.reader == "npz" else None
     names = class_names(card, root)
-    train, test = (open_split(card, root, which, size, data.workers) for which in ("train", "test"))
+    train = open_split(card, root, "train", size, data.workers, as_files=crop == "resized")
+    test = open_split(card, root, "test", size, data.workers)
     classes = count_classes(card, train.labels, test.labels, names)
-    checksum = check_sum_of(card, root, {"train": train, "test": test})
+    checksum = checksum or check_sum_of({"train": train, "test": test})
+    if card.sha256 not in (None, checksum):
+        raise UserError(f"data card {card.name}: the data has the checksum {checksum}, the card says {card.sha256}")
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     held_out = int(len(order) * card.val_fraction)
     return ImageData(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from harness.data.cards import Card, check_sum
+from harness.data.cards import Card
 from harness.errors import UserError
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
@@ -48,8 +49,11 @@ class Files:
 Split = Arrays | Files
 
 
-def open_split(card: Card, root: Path | None, which: str, image_size: int, workers: int) -> Split:
-    """The split "train" or "test" of a card: in memory where it fits. UserError for whatever is wrong with it."""
+def open_split(
+    card: Card, root: Path | None, which: str, image_size: int, workers: int, as_files: bool = False
+) -> Split:
+    """The split "train" or "test" of a card: in memory where it fits, unless it is wanted as_files (random resized crops
+    are taken from the whole picture, not from its evaluation crop). UserError for whatever is wrong with it."""
     if card.reader == "npz":
         return _open_npz(card, root, which, image_size)
     dataset = _open_reader(card, root, which)
@@ -57,21 +61,22 @@ def open_split(card: Card, root: Path | None, which: str, image_size: int, worke
         transform = evaluation_transform(image_size, card.crop_pct)
         samples = ((transform(image.convert("RGB")), label) for image, label in dataset)
         return _decode(card, samples, which, image_size)
-    if len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
+    labels = _labels_of(dataset)
+    if (labels is None or not as_files) and len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
         decoded = Decoded(dataset, image_size, card.crop_pct)
         return _decode(card, DataLoader(decoded, batch_size=None, num_workers=workers), which, image_size)
-    files = getattr(getattr(dataset, "reader", None), "samples", None) or getattr(dataset, "samples", None)
-    if files is None:
+    if labels is None:
         raise UserError(f"data card {card.name}: {len(dataset):,} images of {image_size} pixels do not fit into memory, and "
                         f"the reader {card.reader} cannot be streamed yet; use an ImageFolder tree (reader: folder)")  # fmt: skip
-    labels = torch.tensor([label for _, label in files])
-    return Files(dataset, labels, _listing(files, root))
+    return Files(dataset, labels, _listing(dataset, root))
 
 
 def class_names(card: Card, root: Path | None) -> list[str] | None:
     """Names of the classes of an ImageFolder tree; UserError where its splits have different ones."""
-    if card.reader != "folder" or root is None or root.is_file():
+    if card.reader != "folder" or root is None:
         return None
+    if not root.is_dir():
+        raise UserError(f"{root}: not a folder; the card {card.name} reads a folder with a folder per split and class")
     found = {}
     for which in ("train", "test"):
         folder = _split_folder(card, root, which)
@@ -90,15 +95,17 @@ def count_classes(card: Card, train: Tensor, test: Tensor, names: list[str] | No
     found = len(names) if names else int(train.max()) + 1
     if card.classes is not None and card.classes != found:
         raise UserError(f"data card {card.name}: says {card.classes} classes, but the training images have {found}")
-    if int(test.max()) >= found or int(min(train.min(), test.min())) < 0:
-        raise UserError(f"data card {card.name}: labels must be 0 to {found - 1}; the test split has {int(test.max())}")
+    for which, labels in (("training", train), ("test", test)):
+        if int(labels.min()) < 0 or int(labels.max()) >= found:
+            low, high = int(labels.min()), int(labels.max())
+            raise UserError(
+                f"data card {card.name}: labels must be 0 to {found - 1}; the {which} split has {low} to {high}"
+            )
     return found
 
 
-def check_sum_of(card: Card, root: Path | None, splits: dict[str, Split]) -> str:
-    """What tells this data from other data, for the records: of the file, of the decoded pixels, or of the listing."""
-    if card.reader == "npz":
-        return check_sum(card, root)
+def check_sum_of(splits: dict[str, Split]) -> str:
+    """What tells this data from other data, for the records: of the decoded pixels, or of the listing."""
     digest = hashlib.sha256()
     for name, split in sorted(splits.items()):
         digest.update(name.encode())
@@ -117,10 +124,13 @@ def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
             images, labels = file[f"{split}_images"], file[f"{split}_labels"]
     except KeyError as error:
         raise UserError(f"{root}: {error.args[0]}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{root}: not a readable .npz file ({error})") from None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise UserError(f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3] with as many labels")
+    shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
+    if images.dtype != np.uint8 or not shape_fits or labels.shape != images.shape[:1] or not len(labels):
+        raise UserError(
+            f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels"
+        )
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     if tensor.shape[-2:] != (image_size, image_size):
@@ -150,8 +160,10 @@ def _open_reader(card: Card, root: Path | None, which: str) -> Any:
     split = getattr(card.splits, which)
     try:
         if card.reader == "folder":
-            place = root if root.is_file() else _split_folder(card, root, which)
-            return create_dataset("", root=str(place), search_split=False, **card.options)
+            # torchvision's ImageFolder: a class per folder on the first level, and an error for one without images.
+            return create_dataset(
+                "torch/image_folder", root=str(_split_folder(card, root, which)), search_split=False, **card.options
+            )
         return create_dataset(
             card.reader, root=str(root) if root else None, split=split, download=card.download,
             num_samples=card.sizes.get(which), **card.options,
@@ -204,7 +216,7 @@ def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Array
     """Reads (uint8 array [3, S, S], label) pairs to their end; UserError where they are too many for the memory limit."""
     limit, images, labels = MEMORY_LIMIT // (3 * image_size**2), [], []
     for image, label in samples:
-        images.append(torch.as_tensor(image))
+        images.append(torch.as_tensor(image).clone())  # off the shared memory of the process that decoded it
         labels.append(int(label))
         if len(images) > limit:
             raise UserError(f"data card {card.name}: the {which} split has more than {limit:,} images of {image_size} pixels; "
@@ -214,8 +226,22 @@ def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Array
     return Arrays(torch.stack(images), torch.tensor(labels))
 
 
-def _listing(files: list[tuple[str, int]], root: Path | None) -> str:
-    base = str(root or "")
+def _labels_of(dataset: Any) -> Tensor | None:
+    """All labels of a map-style dataset without decoding an image; None where its reader does not tell."""
+    reader = getattr(dataset, "reader", dataset)
+    if getattr(reader, "samples", None) is not None:
+        return torch.tensor([label for _, label in reader.samples])
+    if getattr(reader, "targets", None) is not None:
+        return torch.as_tensor(reader.targets)
+    column = getattr(reader, "label_key", None)  # a Hugging Face data set
+    return torch.tensor(reader.dataset[column]) if column else None
+
+
+def _listing(dataset: Any, root: Path | None) -> str:
+    """File names, sizes and labels, one image a line; or the labels alone, where there are no files."""
+    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
+    if samples is None:
+        return " ".join(map(str, _labels_of(dataset).tolist()))
     return "\n".join(
-        f"{Path(name).relative_to(base) if base else name} {Path(name).stat().st_size} {label}" for name, label in files
+        f"{Path(name).relative_to(root or '.')} {Path(name).stat().st_size} {label}" for name, label in samples
     )

@@ -22,7 +22,7 @@ class Unsupported(ValueError):
 class Settings(pydantic.BaseModel):
     """A method's settings. Defaults are the paper's; names are the authors'. Unknown keys are errors."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

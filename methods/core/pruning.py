@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -13,7 +14,7 @@ from methods.core.report import BlockReport
 
 
 def stage_counts(patches: int, keep_rate: float, stages: int) -> tuple[int, ...]:
-    """Kept patches per stage: int(N0 * rho^s), of the original count N0 (DynamicViT, section 3.3). ValueError at 0."""
+    """Kept patches per stage: int(N0 * rho^s), of the original count N0 (DynamicViT, section 3.3). Unsupported at 0."""
     counts = tuple(int(patches * keep_rate**stage) for stage in range(1, stages + 1))
     if min(counts, default=1) < 1:
         raise Unsupported(
@@ -38,16 +39,22 @@ class StagedPruning(VisionTransformer):
     kept_counts: tuple[int, ...]
 
     def plan_pruning(self, keep_rate: float, pruning_loc: Sequence[int] | None) -> None:
-        """Fixes where tokens go and how many stay. Places default to quarters of the depth (3, 6, 9 of 12)."""
+        """Fixes where tokens go and how many stay. Places default to quarters of the depth (3, 6, 9 of 12), fewer where
+        that is less than three blocks. Unsupported where they do not fit the depth."""
         depth = len(self.blocks)
-        places = tuple(pruning_loc) if pruning_loc is not None else tuple(depth * s // 4 for s in (1, 2, 3))
-        if list(places) != sorted(set(places)) or not all(0 < place < depth for place in places):
+        quarters = sorted({depth * quarter // 4 for quarter in (1, 2, 3)} - {0})
+        places = tuple(quarters if pruning_loc is None else pruning_loc)
+        if not places or list(places) != sorted(set(places)) or not all(0 < place < depth for place in places):
             raise Unsupported(f"pruning_loc {list(places)} must be ascending block numbers from 1 to {depth - 1}")
         self.pruning_loc = places
         self.kept_counts = stage_counts(self.patch_embed.num_patches, keep_rate, len(places))
 
-    def keep_scores(self, stage: int, patches: Tensor, images: Tensor) -> Tensor:
-        """The higher, the more a token should stay: [B, n] for the surviving patches [B, n, C] of images [B, 3, H, W]."""
+    def look(self, images: Tensor) -> Any:
+        """What `keep_scores` wants to know of the images [B, 3, H, W] themselves, found once per forward."""
+        return None
+
+    def keep_scores(self, stage: int, patches: Tensor, seen: Any) -> Tensor:
+        """The higher, the more a token should stay: [B, n] for the surviving patches [B, n, C]; seen: from `look`."""
         raise NotImplementedError
 
     def embed(self, images: Tensor) -> Tensor:
@@ -58,12 +65,12 @@ class StagedPruning(VisionTransformer):
         """The survivors after the final norm [B, prefix + m, C], and each stage's kept ids [B, m_s], in score order,
         as places among the patch tokens that were alive before it."""
         prefix = self.num_prefix_tokens
-        x = self.embed(images)
+        x, seen = self.embed(images), self.look(images)
         kept: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index in self.pruning_loc:
                 stage = len(kept)
-                scores = self.keep_scores(stage, x[:, prefix:], images)
+                scores = self.keep_scores(stage, x[:, prefix:], seen)
                 kept.append(scores.topk(self.kept_counts[stage], dim=1).indices)
                 x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], kept[-1])], dim=1)
             x = block(x)

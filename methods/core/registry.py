@@ -23,6 +23,7 @@ REFERENCE = ("dense", {"continued": True})  # "dense+": what every accuracy diff
 
 _FOLDER = Path(__file__).parent.parent
 _registered: dict[str, type[Method]] = {}
+_plug_ins: dict[str, list[str]] = {}  # names by module, of the files that were loaded
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -88,23 +89,25 @@ def load_plugin(path: str | Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"plug-in {path}: no such file")
     module_name = f"_plugin_{path.stem}_{abs(hash(str(path))):x}"
-    if module_name in sys.modules:
-        return _names_of(module_name)
+    if module_name in _plug_ins:
+        return _plug_ins[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"plug-in {path}: not a Python file (its name must end in .py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
+    before = dict(_registered)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
         raise ValueError(f"plug-in {path}{_line_in(path, error)}: {type(error).__name__}: {error}") from error
-    names = _names_of(module_name)
+    names = [name for name, cls in _registered.items() if before.get(name) is not cls]
     if not names:
         raise ValueError(
             f"plug-in {path}: registers no method (decorate a methods.Method subclass with @methods.register)"
         )
+    _plug_ins[module_name] = names
     return names
 
 
@@ -157,10 +160,6 @@ def _source(cls: type[Method]) -> str:
         return f"{inspect.getfile(cls)}:{cls.__qualname__}"
     except (TypeError, OSError):
         return f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _names_of(module_name: str) -> list[str]:
-    return [name for name, cls in _registered.items() if cls.__module__ == module_name]
 
 
 def _line_in(path: Path, error: BaseException) -> str:

@@ -15,22 +15,28 @@ from methods.dynamicvit.losses import PruningObjective
 from methods.dynamicvit.model import DynamicViT, make_dynamic
 
 
-class Settings(methods.Settings):
+class PruningSettings(methods.Settings):
     """keep_rate: the paper's rho, the authors' base_rate: after stage s, int(N * rho^s) of the N patch tokens stay.
     pruning_loc: blocks before which tokens are removed, from 0; None: quarters of the depth (3, 6, 9 of 12).
-    ratio_weight: lambda_ratio (2; the authors use 5 for DeiT-B). distill_weight, token_weight: 0.5 each.
-    lr_scale: learning rate of the backbone relative to the predictors'. The recipe's rate is the backbone's, as it is
-    for every method that starts from dense weights; the predictors learn 1 / lr_scale times as fast (1e-5 and 1e-3 in
-    the paper). frozen: share of the training, from its start, in which the backbone's rate is 0 (5 of 30 epochs).
+    distill_weight, token_weight: 0.5 each. frozen: share of the training, from its start, in which the backbone's rate
+    is 0 (5 of 30 epochs).
     """
 
     keep_rate: Annotated[float, Field(gt=0, le=1)] = 0.7
     pruning_loc: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
-    ratio_weight: Annotated[float, Field(ge=0)] = 2.0
     distill_weight: Annotated[float, Field(ge=0)] = 0.5
     token_weight: Annotated[float, Field(ge=0)] = 0.5
-    lr_scale: Annotated[float, Field(gt=0)] = 0.01
     frozen: Annotated[float, Field(ge=0, le=1)] = 5 / 30
+
+
+class Settings(PruningSettings):
+    """Those of token pruning, and: ratio_weight: lambda_ratio (2; the authors use 5 for DeiT-B). lr_scale: learning rate of
+    the backbone relative to the predictors'. The recipe's rate is the backbone's, as it is for every method that starts
+    from dense weights; the predictors learn 1 / lr_scale times as fast (1e-5 and 1e-3 in the paper).
+    """
+
+    ratio_weight: Annotated[float, Field(ge=0)] = 2.0
+    lr_scale: Annotated[float, Field(gt=0)] = 0.01
 
 
 @methods.register
@@ -59,6 +65,15 @@ class DynamicViTMethod(methods.Method):
             overhead.append(methods.Overhead(f"score_predictor.{stage}", macs, block=module.pruning_loc[stage]))
         return methods.Report(blocks=module.block_reports(images), overhead=tuple(overhead))
 
+    @property
+    def ratio_weight(self) -> float:
+        return self.settings.ratio_weight
+
+    @property
+    def predictor_rate(self) -> float:
+        """The predictors' learning rate relative to the backbone's."""
+        return 1 / self.settings.lr_scale
+
     def phases(
         self, sparse: DynamicViT, criterion: nn.Module, teacher: nn.Module | None = None
     ) -> Sequence[methods.TrainPhase]:
@@ -68,7 +83,7 @@ class DynamicViTMethod(methods.Method):
             criterion,
             teacher,
             settings.keep_rate,
-            settings.ratio_weight,
+            self.ratio_weight,
             settings.distill_weight,
             settings.token_weight,
         )
@@ -78,5 +93,5 @@ class DynamicViTMethod(methods.Method):
         old = [p for name, p in named if not name.startswith("score_predictor.")]
         groups = [methods.Group("backbone", old, frozen=settings.frozen)]
         if new:
-            groups.append(methods.Group("predictor", new, lr_scale=1 / settings.lr_scale))
+            groups.append(methods.Group("predictor", new, lr_scale=self.predictor_rate))
         return [methods.TrainPhase(name="prune", objective=objective, groups=groups)]

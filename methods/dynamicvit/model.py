@@ -101,7 +101,7 @@ class DynamicViT(StagedPruning):
     def add_predictors(self) -> None:
         self.score_predictor = nn.ModuleList(ScorePredictor(self.embed_dim) for _ in self.pruning_loc)
 
-    def keep_scores(self, stage: int, patches: Tensor, images: Tensor) -> Tensor:
+    def keep_scores(self, stage: int, patches: Tensor, seen: None) -> Tensor:
         return self.score_predictor[stage](patches)[..., 0]
 
     def decide(self, stage: int, patches: Tensor, keep: Tensor, noise: Noise) -> Tensor:
