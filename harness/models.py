@@ -27,7 +27,7 @@ def build(
     chosen = {"num_classes": classes, "img_size": image_size, "drop_path_rate": drop_path or None}
     kwargs = {key: value for key, value in chosen.items() if value is not None} | backbone.kwargs
     if not timm.is_model(backbone.name):
-        raise UserError(unknown_backbone(backbone.name))
+        raise UserError(unknown("backbone", backbone.name, timm.list_models()))
     torch.manual_seed(seed)
     try:
         return timm.create_model(backbone.name, **kwargs)
@@ -47,16 +47,6 @@ def require_countable(model: nn.Module, name: str) -> None:
     if not agrees:
         raise UserError(f"backbone {name}: the formula gives {formula:.4g} multiply-adds and the trace {traced:.4g}: it has parts "
                         "that the formula does not know")  # fmt: skip
-
-
-def unknown_backbone(name: str) -> str:
-    """One line for a name that timm does not have; its list is long, so only the nearest match is shown."""
-    text = unknown("backbone", name, timm.list_models())
-    return (
-        text.split("; allowed:")[0]
-        + "; any of timm's models"
-        + ("; did" + text.split("; did")[1] if "; did" in text else "")
-    )
 
 
 def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Path) -> str:

@@ -214,5 +214,12 @@ def test_plug_ins_that_cannot_be_used_are_told(tmp_path, text, message):
         methods.load_plugin(path)
 
 
+def test_a_plug_in_may_register_what_it_imports(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text("import methods\n\nclass There(methods.Method):\n    name = 'there'\n")
+    (tmp_path / "door.py").write_text("import methods\nfrom elsewhere import There\n\nmethods.register(There)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert methods.load_plugin(tmp_path / "door.py") == ["there"]
+
+
 def test_loading_a_plug_in_twice_is_fine(toy_file):
     assert methods.load_plugin(toy_file) == methods.load_plugin(toy_file) == ["toy"]

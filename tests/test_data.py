@@ -221,3 +221,74 @@ def test_a_tree_without_splits_is_refused(tree, card):
 def test_unknown_cards_show_the_known_ones():
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
         load_card("cifar-10")
+
+
+@pytest.fixture
+def changed_tree(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def test_a_class_folder_without_images_is_refused(changed_tree, card):
+    """Left out, it would shift the numbers of the classes after it in one split alone."""
+    for split in ("train", "val"):
+        (changed_tree / split / "ant").mkdir()
+    with pytest.raises(UserError, match="ant"):
+        opened(card(), changed_tree)
+
+
+def test_images_outside_class_folders_do_not_count_and_nested_ones_do(changed_tree, card):
+    plain = opened(card(), changed_tree)
+    shutil.copy(changed_tree / "train" / "cat" / "0.png", changed_tree / "train" / "cover.png")
+    (changed_tree / "train" / "dog" / "puppies").mkdir()
+    shutil.copy(changed_tree / "train" / "dog" / "0.png", changed_tree / "train" / "dog" / "puppies" / "0.png")
+    data = opened(card(), changed_tree)
+    assert data.train.labels.bincount().tolist() == [12, 13]
+    assert data.classes == plain.classes == 2
+    assert data.checksum != plain.checksum
+
+
+def test_an_archive_is_not_taken_for_both_splits(tree, card, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "tree"), "tar", tree)
+    with pytest.raises(UserError, match="not a folder"):
+        opened(card(), archive)
+
+
+def test_grey_and_transparent_pictures_become_rgb(changed_tree, card):
+    Image.new("L", (30, 30), 100).save(changed_tree / "train" / "cat" / "grey.png")
+    Image.new("RGBA", (30, 30), (1, 2, 3, 4)).save(changed_tree / "train" / "cat" / "glass.png")
+    assert next(opened(card(), changed_tree).eval_batches("train", 100, CPU)).images.shape[1] == 3
+
+
+def test_random_resized_crops_are_taken_from_the_picture_itself(tree, card):
+    folder = card(crop_pct=0.5)
+    cropped = open_data(Data(card=str(folder), workers=0), ROOT, str(tree), crop="none")
+    whole = open_data(Data(card=str(folder), workers=0), ROOT, str(tree), crop="resized")
+    assert isinstance(cropped.train, sources.Arrays)
+    assert isinstance(whole.train, sources.Files)
+    assert isinstance(whole.test, sources.Arrays)
+    assert whole.train.dataset[0][0].size == (32, 40)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"train_images": np.zeros((4, 8, 8, 4), np.uint8), "train_labels": np.arange(4)},
+        {"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.arange(0)},
+        {"train_images": np.zeros((4, 8, 8), np.float32), "train_labels": np.arange(4)},
+        {"train_images": np.zeros((4, 8, 8), np.uint8), "train_labels": np.arange(3)},
+        {"images": np.zeros((4, 8, 8), np.uint8)},
+    ],
+    ids=["channels", "empty", "floats", "lengths", "names"],
+)
+def test_arrays_of_another_form_are_refused(tmp_path, card, arrays):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=r"x\.npz"):
+        opened(card(reader="npz", root="x.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 truncated", b"text"])
+def test_files_that_are_no_arrays_are_refused(tmp_path, card, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="not a readable"):
+        opened(card(reader="npz", root="x.npz"))

@@ -241,3 +241,18 @@ def test_no_teacher_means_no_teacher_terms():
     objective = PruningObjective(sparse, nn.CrossEntropyLoss(), None, 0.7, 2.0, 0.5, 0.5)
     terms = objective(images(), torch.tensor([0, 1]), Noise(0, 0, torch.arange(2)))
     assert terms.keys() == {"classification", "ratio"}
+
+
+@pytest.mark.parametrize(
+    ("depth", "places"), [(2, (1,)), (3, (1, 2)), (4, (1, 2, 3)), (12, (3, 6, 9)), (16, (4, 8, 12)), (20, (5, 10, 15))]
+)
+def test_places_follow_the_depth(depth, places):
+    sparse = methods.create("dynamicvit").sparsify(small_vit(depth=depth)).eval()
+    assert sparse.pruning_loc == places
+    assert sparse(images()).shape == (2, 5)
+
+
+@pytest.mark.parametrize("places", [[0], [4], [2, 1], [1, 1]])
+def test_places_that_do_not_fit_are_refused(places):
+    with pytest.raises(methods.Unsupported, match="pruning_loc"):
+        methods.create("dynamicvit", pruning_loc=places).sparsify(small_vit())

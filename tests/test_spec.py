@@ -52,6 +52,12 @@ def test_a_plug_in_joins_the_run(write, toy_file):
     assert [e.method for e in load_run(write(), plugins=[str(toy_file)]).entries] == ["dynamicvit", "toy"]
 
 
+def test_plug_ins_of_a_spec_are_relative_to_it(write, toy_file, tmp_path):
+    (tmp_path / "mine.py").write_text(toy_file.read_text().replace('"toy"', '"mine"'))
+    run = load_run(write(plugins=["mine.py"], entries=[{"method": "mine", "settings": {"keep_rate": [0.5, 0.25]}}]))
+    assert [cell.label for cell in run.cells()][2:] == ["mine keep_rate=0.5", "mine keep_rate=0.25"]
+
+
 WRONG_FILES = {
     "title: x\n": "data is missing",
     "data: {card: x}\nbudget: {epoch: 3}\n": "bench.yaml:2: budget: unknown key 'epoch'",
@@ -63,6 +69,8 @@ WRONG_FILES = {
     "data: [card\n": "bench.yaml:2: not valid YAML",
     "- a\n": "must be a mapping",
     "": "must be a mapping",
+    "data: {card: x}\n? [a, b]\n: 1\n": "not valid",
+    "data: &a {card: *a}\n": "not valid",
     "data: {card: x}\nadapt: {lrr: 1}\n": "adapt: unknown key 'lrr'",
     "data: {card: x}\nrecipe: {crop: pad}\n": "need crop: resized",
     "data: {card: x}\nplugins: [nope.py]\n": "no such file",
@@ -86,6 +94,10 @@ WRONG_OVERRIDES = {
     "dynamicvit=3": "must be METHOD.SETTING=VALUE",
     "budget.epochs=[": "not valid YAML",
     "budget.epochs=0": "greater than 0",
+    "recipe.lr=.inf": "finite number",
+    "entries=[]": "use --methods",
+    "plugins=[x.py]": "use --plugin",
+    "backbone.kwargs.num_classes=3": "it comes from the data",
 }
 
 

@@ -21,6 +21,8 @@ ENTRY_POINTS = "sparse_vit_bench.methods"
 BASELINE = ("dense", {})  # trained from scratch; start and teacher of the others
 REFERENCE = ("dense", {"continued": True})  # "dense+": what every accuracy difference refers to
 
+LONGEST_LIST = 40  # names that an error message lists
+
 _FOLDER = Path(__file__).parent.parent
 _registered: dict[str, type[Method]] = {}
 _plug_ins: dict[str, list[str]] = {}  # names by module, of the files that were loaded
@@ -112,11 +114,14 @@ def load_plugin(path: str | Path) -> list[str]:
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
-    """One line for a name that does not exist: what is allowed, and the nearest match."""
+    """One line for a name that does not exist: what is allowed (unless that is a very long list), and the nearest match."""
     allowed = list(allowed)
     near = difflib.get_close_matches(str(name), allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}; allowed: {', '.join(allowed) or 'none'}{hint}"
+    listed = (
+        f"; allowed: {', '.join(allowed) or 'none'}" if len(allowed) <= LONGEST_LIST else f"; {len(allowed)} are known"
+    )
+    return f"unknown {what} {name!r}{listed}{hint}"
 
 
 def _explain(cls: type[Method], error: pydantic.ValidationError) -> str:
