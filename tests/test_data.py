@@ -292,3 +292,25 @@ def test_files_that_are_no_arrays_are_refused(tmp_path, card, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(UserError, match="not a readable"):
         opened(card(reader="npz", root="x.npz"))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """What timm makes of shards: pictures and labels, one after the other."""
+
+    def __iter__(self):
+        for index in range(10):
+            yield Image.new("L", (30, 40), index * 20), index % 2
+
+
+def test_streams_are_decoded_to_their_end(card, monkeypatch):
+    monkeypatch.setattr(sources, "_open_reader", lambda *_: Stream())
+    data = opened(card(reader="hfids/x", classes=2))
+    assert data.train.images.shape == (10, 3, 24, 24)
+    assert data.train.labels.tolist() == [0, 1] * 5
+
+
+def test_streams_that_are_too_long_are_told(card, monkeypatch):
+    monkeypatch.setattr(sources, "_open_reader", lambda *_: Stream())
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 5 * 3 * 24**2)
+    with pytest.raises(UserError, match="more than 5 images of 24 pixels"):
+        opened(card(reader="hfids/x"))

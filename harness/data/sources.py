@@ -59,12 +59,12 @@ def open_split(
     dataset = _open_reader(card, root, which)
     if isinstance(dataset, IterableDataset):
         transform = evaluation_transform(image_size, card.crop_pct)
-        samples = ((transform(image.convert("RGB")), label) for image, label in dataset)
+        samples = ((transform(image.convert("RGB"))[None], [int(label)]) for image, label in dataset)
         return _decode(card, samples, which, image_size)
     labels = _labels_of(dataset)
     if (labels is None or not as_files) and len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
         decoded = Decoded(dataset, image_size, card.crop_pct)
-        return _decode(card, DataLoader(decoded, batch_size=None, num_workers=workers), which, image_size)
+        return _decode(card, DataLoader(decoded, batch_size=256, num_workers=workers), which, image_size)
     if labels is None:
         raise UserError(f"data card {card.name}: {len(dataset):,} images of {image_size} pixels do not fit into memory, and "
                         f"the reader {card.reader} cannot be streamed yet; use an ImageFolder tree (reader: folder)")  # fmt: skip
@@ -212,18 +212,21 @@ def evaluation_transform(image_size: int, crop_pct: float) -> Any:
     )
 
 
-def _decode(card: Card, samples: Iterable, which: str, image_size: int) -> Arrays:
-    """Reads (uint8 array [3, S, S], label) pairs to their end; UserError where they are too many for the memory limit."""
-    limit, images, labels = MEMORY_LIMIT // (3 * image_size**2), [], []
-    for image, label in samples:
-        images.append(torch.as_tensor(image).clone())  # off the shared memory of the process that decoded it
-        labels.append(int(label))
-        if len(images) > limit:
-            raise UserError(f"data card {card.name}: the {which} split has more than {limit:,} images of {image_size} pixels; "
-                            f"{card.reader} cannot be streamed yet, use an ImageFolder tree (reader: folder)")  # fmt: skip
+def _decode(card: Card, batches: Iterable, which: str, image_size: int) -> Arrays:
+    """Reads (uint8 [n, 3, S, S], labels [n]) pairs to their end; UserError where they are too many for the memory limit."""
+    limit, images, labels, count = MEMORY_LIMIT // (3 * image_size**2), [], [], 0
+    for pixels, numbers in batches:
+        images.append(torch.as_tensor(pixels).clone())  # off the shared memory of the process that decoded it
+        labels.append(torch.as_tensor(numbers).clone())
+        count += len(numbers)
+        if count > limit:
+            raise UserError(
+                f"data card {card.name}: the {which} split has more than {limit:,} images of {image_size} pixels; "
+                f"{card.reader} cannot be streamed yet, use an ImageFolder tree (reader: folder)"
+            )
     if not images:
         raise UserError(f"data card {card.name}: the {which} split has no images")
-    return Arrays(torch.stack(images), torch.tensor(labels))
+    return Arrays(torch.cat(images), torch.cat(labels))
 
 
 def _labels_of(dataset: Any) -> Tensor | None:
