@@ -314,3 +314,17 @@ def test_streams_that_are_too_long_are_told(card, monkeypatch):
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 5 * 3 * 24**2)
     with pytest.raises(UserError, match="more than 5 images of 24 pixels"):
         opened(card(reader="hfids/x"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"crop": "pad", "crop_padding": 6, **PLAIN}, {"crop": "resized"}], ids=["fast", "slow"]
+)
+def test_every_image_and_every_epoch_has_dice_of_its_own(changed_tree, card, changes):
+    """The same picture under 24 names."""
+    for path in (changed_tree / "train").glob("*/*.png"):
+        shutil.copy(changed_tree / "val" / "cat" / "0.png", path)
+    recipe = Recipe(batch_size=24, **changes, **({} if "mixup" in changes else {"mixup": 0, "cutmix": 0}))
+    first, second = opened(card(), changed_tree).train_batches(recipe, 0, 0, 2, CPU)
+    assert len({image.numpy().tobytes() for image in first.images}) > 12
+    order = [first.images[first.ids.argsort()], second.images[second.ids.argsort()]]
+    assert sum(torch.equal(one, other) for one, other in zip(*order, strict=True)) < 6

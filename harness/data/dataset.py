@@ -93,7 +93,8 @@ class ImageData:
             source(order, recipe, seed, first_step, last_step, device), first_step
         ):
             images, labels, ids = images.to(device), labels.to(device), ids.to(device)
-            _seed_everything(_seed(seed, step, 1))  # timm's erasing and mixing draw from the global generators
+            if erase is not None or mixup is not None:
+                _seed_everything(_seed(seed, step, 1))  # timm's erasing and mixing draw from the global generators
             if erase is not None:
                 images = erase(images.contiguous())
             if mixup is not None:
