@@ -75,6 +75,7 @@ def run(
     if seeds is not None:
         changes["seeds"] = _numbers(seeds)
     chosen = load_run(find_spec(spec), overrides, _names(methods), plugin or (), changes)
+    # The data is looked at here already, and again by the harness, so that a wrong file is told before torch is imported.
     card, card_file = load_card(chosen.spec.data.card, chosen.folder)
     root = find_root(card, card_file, data_root)
     if card.reader == "npz":
@@ -97,7 +98,8 @@ def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -
             data = open_data(chosen.spec.data, chosen.folder, data_root, chosen.spec.recipe.crop)
             failed = Runner(chosen, data, Store(results, chosen.name), reporter, **again).execute()
         except KeyboardInterrupt:
-            reporter.done("stopped; finished cells are kept, and the same command goes on with the rest")
+            again_note = " (without --fresh and --remeasure)" if any(again.values()) else ""
+            reporter.done(f"stopped; finished cells are kept, and the same command{again_note} goes on with the rest")
             return 130
     _write_leaderboard(results, only=chosen.name, must_have=False)
     return 1 if failed else 0

@@ -26,7 +26,7 @@ class Identity:
         spec = self.spec
         return self._setting | {
             "budget": spec.budget.model_dump(), "recipe": spec.recipe.model_dump(), "adapt": spec.adapt_recipe.model_dump(),
-            "distill": spec.distill,
+            "distill": spec.distill, "images": spec.measure.images, "dense_revision": methods.find(methods.BASELINE[0]).revision,
         }  # fmt: skip
 
     @cached_property
@@ -47,7 +47,7 @@ class Identity:
 
     def record_id(self, cell: Cell) -> str:
         """The id of the cell's train record."""
-        content = {"context": self.context, "weights_id": self.weights_id(cell), "images": self.spec.measure.images}
+        content = {"context": self.context, "weights_id": self.weights_id(cell)}
         return identify(content | self.method_of(cell) | {"seed": cell.seed})
 
     def weights_id(self, cell: Cell) -> str:

@@ -111,12 +111,16 @@ def _table(name: str, context_id: str, group: list[Record], timed_on: dict | Non
     return Table(name, context_id, group[0]["context"], timed_on, rows, batches)
 
 
+def _order(record: Record) -> tuple[int, str]:
+    return record["seed"], record["id"]
+
+
 def _who(record: Record) -> str:
     return json.dumps([record["method"], record["settings"]], sort_keys=True)
 
 
 def _row(found: list[Record], reference: list[Record] | None, measures: list[Record]) -> Row:
-    found = sorted(found, key=lambda record: record["seed"])
+    found = list({record["seed"]: record for record in sorted(found, key=_order)}.values())  # a seed counts once
     first = found[0]
     top1, interval = stats.mean_interval([record["top1"] for record in found])
     costs = {key: statistics.mean(record["cost"][key] for record in found) for key in first["cost"]}

@@ -40,7 +40,9 @@ def cost_rows(
     from harness import cost, models
     from methods import Unsupported
 
-    vit = models.build(Backbone(name=backbone, kwargs=kwargs), None, image_size, seed=0).eval()
+    vit = models.build(
+        validate(Backbone, {"name": backbone, "kwargs": kwargs}, "--set backbone"), None, image_size, seed=0
+    ).eval()
     models.require_countable(vit, backbone)
     images = torch.randn(2, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
     rows, refused = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -40,9 +41,17 @@ def provenance() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # What a run itself writes does not make the code another one.
-    status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!leaderboard.md", ":!results")
+    # New files count (a method that is not committed yet); what a run itself writes does not.
+    status = git("status", "--porcelain", "--", ".", ":!leaderboard.md", ":!results")
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
+
+
+def source_digest(cls: type) -> str | None:
+    """SHA-256 of the file that defines a class: tells one plug-in from another. None where it has no file."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
+    except (TypeError, OSError):
+        return None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -91,6 +100,12 @@ class Store:
 
     def write(self, record: dict[str, Any]) -> None:
         write_atomically(self.folder / f"{record['id']}.json", _dump(record))
+
+    def prepare(self) -> None:
+        """UserError, before anything is trained, where records could not be written."""
+        probe = self.folder / ".writable"
+        write_atomically(probe, b"")
+        probe.unlink()
 
     def failures(self, record_id: str) -> list[dict[str, Any]]:
         """Earlier attempts that failed, oldest first."""

@@ -23,7 +23,7 @@ from harness.evaluate import evaluate
 from harness.identity import Identity
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import RETRIED, Store, identify, provenance, write_atomically
+from harness.records import RETRIED, Store, identify, provenance, source_digest, write_atomically
 from harness.train import Diverged, budget_steps, make_criterion, run_phases
 from methods.core.registry import unknown
 
@@ -58,10 +58,10 @@ class Runner:
         self.plan = devices.plan(self.spec.device, self.spec.dtype)
         self.identity = Identity(run, data, self.plan)
         self.trained: dict[str, Trained] = {}
-        self.made_fresh: set[str] = set()
 
     def execute(self) -> int:
         """Cell by cell; a failed one does not stop the others. UserError where no cell could work."""
+        self.store.prepare()
         self._check_what_all_need()
         cells, failed = self.run.cells(), 0
         for number, cell in enumerate(cells, 1):
@@ -83,16 +83,16 @@ class Runner:
     def _do(self, cell: Cell, name: str) -> bool:
         """Brings one cell's records up to date; False where it failed."""
         record_id = self.identity.record_id(cell)
-        if self.fresh or self.retry:
-            self.store.forget_failures(record_id)
-        earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
-        if earlier:
-            self.reporter.done(
-                f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again"
-            )
-            return False
         try:
-            record = None if self.fresh and record_id not in self.made_fresh else self.store.read(record_id)
+            if self.fresh or self.retry:
+                self.store.forget_failures(record_id)
+            earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
+            if earlier:
+                self.reporter.done(
+                    f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again"
+                )
+                return False
+            record = None if self.fresh else self.store.read(record_id)
             present = record is not None
             if present and record["label"] != cell.label:  # a row may be renamed; what was measured stays
                 record["label"] = cell.label
@@ -137,10 +137,9 @@ class Runner:
             "val_top1": val.top1 if val else None, "cost": asdict(cost.count(cell.method, vit, sparse, on_cpu, images)),
             "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
-            "where": devices.where(self.plan.device), "code": provenance(),
+            "where": devices.where(self.plan.device), "code": provenance() | {"method": source_digest(type(cell.method))},
         }  # fmt: skip
         self.store.write(record)
-        self.made_fresh.add(record_id)
         return record
 
     def _weights(self, cell: Cell, name: str, fresh: bool = False) -> Trained:
@@ -152,6 +151,7 @@ class Runner:
         trained = self._load(cell, path) if path.exists() and not fresh else None
         if trained is None:
             trained = self._train(cell, name)
+            self.trained[weights_id] = trained
             buffer = io.BytesIO()
             torch.save({"model": trained.sparse.state_dict(), "phases": trained.phases}, buffer)
             write_atomically(path, buffer.getvalue())

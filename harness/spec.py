@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from harness.errors import UserError
 from harness.yamlfile import Strict, validate
@@ -22,7 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 MANAGED = {  # arguments of timm's constructors that other parts of a spec decide
     "pretrained": "use dense.weights",
     "num_classes": "it comes from the data",
-    "img_size": "use data.image_size",
+    "img_size": "use data.image_size (of cost: --image-size)",
     "in_chans": "images always have 3 channels",
     "drop_path_rate": "use recipe.drop_path",
 }
@@ -147,7 +147,17 @@ class Spec(Strict):
         wrong = next((key for key in self.adapt if key not in Recipe.model_fields), None)
         if wrong is not None:
             raise ValueError(f"adapt: {unknown('key', wrong, Recipe.model_fields)}")
+        crops = {self.recipe.crop, self.adapt.get("crop", self.recipe.crop)}
+        if len(crops) > 1 and "resized" in crops:
+            raise ValueError("recipe and adapt must both crop resized, or neither: it decides how images are kept")
         return self
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is repeated")
+        return seeds
 
     @property
     def adapt_recipe(self) -> Recipe:

@@ -55,7 +55,3 @@ class RandomMethod(DynamicViTMethod):
     @property
     def ratio_weight(self) -> float:
         return 0.0
-
-    @property
-    def predictor_rate(self) -> float:
-        return 1.0

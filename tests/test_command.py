@@ -185,6 +185,7 @@ WRONG = {
     "unknown backbone": (["cost", "--backbone", "deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
     "option before a command": (["--methods", "random", "list"], "write it after list"),
     "unknown optimizer": (["--set", "recipe.optimizer=muonn"], "did you mean 'muon'"),
+    "managed argument": (["cost", "--set", "backbone.img_size=384"], "of cost: --image-size"),
     "unsupported backbone": (
         ["cost", "--backbone", "xcit_nano_12_p16_224"],
         "only timm's VisionTransformer is supported",

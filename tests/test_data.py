@@ -191,7 +191,10 @@ def wrong_cases():
         "classes": ({"classes": 5}, "tree", "says 5 classes, but the training images have 2"),
         "unknown key": ({"clases": 5}, "tree", "did you mean 'classes'"),
         "npz for a folder": ({"reader": "npz", "root": "x.npz"}, "tree", "--set data.card=image-folder"),
-        "unknown reader": ({"reader": "torch/nothing"}, "tree", "the train split (torch/nothing"),
+        "unknown torch set": ({"reader": "torch/nothing"}, "tree", "the train split (torch/nothing"),
+        "unknown reader": ({"reader": "fodler"}, "tree", "unknown reader 'fodler'; allowed: npz, folder, torch/NAME"),
+        "another way to say folder": ({"reader": "torch/image_folder"}, "tree", "write reader: folder"),
+        "checksum of a folder": ({"sha256": "0" * 64}, "tree", "sha256 is for reader: npz"),
         "no hub package": ({"reader": "wds/x"}, "tree", "pip install webdataset"),
     }
 
@@ -252,6 +255,21 @@ def test_an_archive_is_not_taken_for_both_splits(tree, card, tmp_path):
     archive = shutil.make_archive(str(tmp_path / "tree"), "tar", tree)
     with pytest.raises(UserError, match="not a folder"):
         opened(card(), archive)
+
+
+def test_a_file_that_is_no_image_is_named(changed_tree, card):
+    (changed_tree / "train" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"train split has a file that is no readable image.*broken\.jpg") as told:
+            opened(card(), changed_tree, workers=workers)
+        assert "\n" not in str(told.value)
+
+
+def test_splits_are_part_of_what_the_data_is(tiny_data):
+    content = yaml.safe_load(tiny_data.read_text())
+    swapped = tiny_data.parent / "swapped.yaml"
+    swapped.write_text(yaml.safe_dump(content | {"splits": {"train": "test", "test": "train"}}))
+    assert opened(tiny_data).identity != opened(swapped).identity
 
 
 def test_grey_and_transparent_pictures_become_rgb(changed_tree, card):

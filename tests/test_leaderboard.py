@@ -11,7 +11,7 @@ from rich.console import Console
 from harness import render, stats
 from harness.leaderboard import tables
 from harness.packing import pack, unpack
-from harness.records import Store, identify
+from harness.records import Store, identify, load_all
 
 CONTEXT = {
     "data": {"card": "tiny", "image_size": 16},
@@ -143,6 +143,19 @@ def test_only_the_newest_revision_of_a_method_is_shown(tmp_path):
     (table,) = tables(tmp_path)
     assert len(table.rows) == 1
     assert table.rows[0].top1 > 0.8
+
+
+def test_a_seed_counts_once(tmp_path):
+    store = fill(tmp_path, seeds=(0,))
+    for record in list(records_of(tmp_path)):
+        if record["kind"] == "train":
+            store.write(record | {"id": "f" + record["id"][1:]})
+    (table,) = tables(tmp_path)
+    assert all(row.seeds == [0] and row.p_value is None for row in table.rows)
+
+
+def records_of(results):
+    return [record for _, record in load_all(results)]
 
 
 def test_an_empty_folder_says_what_to_do(tmp_path):

@@ -96,6 +96,8 @@ WRONG_OVERRIDES = {
     "budget.epochs=0": "greater than 0",
     "recipe.lr=.inf": "finite number",
     "entries=[]": "use --methods",
+    "seeds=[0,0]": "a seed is repeated",
+    "adapt.crop=resized": "must both crop resized",
     "plugins=[x.py]": "use --plugin",
     "backbone.kwargs.num_classes=3": "it comes from the data",
 }

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from harness.errors import UserError
 from harness.spec import ROOT
@@ -17,6 +17,7 @@ from methods.core.registry import unknown
 CARD_FOLDER = ROOT / "datasets"
 ROOT_VARIABLE = "SPARSE_VIT_BENCH_DATA"
 
+READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, each followed by a name
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -35,7 +36,7 @@ class Card(Strict):
         tree), or any of timm's reader names: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME.
     root: file or folder, relative to the card; --data-root replaces it; without one the environment variable
         SPARSE_VIT_BENCH_DATA is asked. options: further arguments of timm's reader.
-    sha256: checked on load; of the file (npz), or the data's checksum as records show it.
+    sha256: of the .npz file, checked on load.
     classes: their number; None: as many as the training split has. val_fraction: share of the training split held out
         for curves and tuning. sizes: number of images per split, for readers that cannot tell (wds).
     crop_pct: evaluation resizes the short side to image_size / crop_pct and crops the centre.
@@ -58,6 +59,18 @@ class Card(Strict):
     std: tuple[float, float, float] = IMAGENET_STD
     licence: str = ""
     source: str = ""
+
+    @model_validator(mode="after")
+    def _reader_is_known(self) -> Card:
+        prefix, slash, name = self.reader.partition("/")
+        if prefix not in (READERS if slash and name else ("npz", "folder")):
+            known = ["npz", "folder", *(f"{reader}/NAME" for reader in READERS)]
+            raise ValueError(unknown("reader", self.reader, known))
+        if self.reader in ("torch/image_folder", "torch/folder"):
+            raise ValueError("write reader: folder for an ImageFolder tree")
+        if self.sha256 and self.reader != "npz":
+            raise ValueError("sha256 is for reader: npz; records show the checksum of other data")
+        return self
 
     @property
     def needs_root(self) -> bool:

@@ -215,7 +215,7 @@ def evaluation_transform(image_size: int, crop_pct: float) -> Any:
 def _decode(card: Card, batches: Iterable, which: str, image_size: int) -> Arrays:
     """Reads (uint8 [n, 3, S, S], labels [n]) pairs to their end; UserError where they are too many for the memory limit."""
     limit, images, labels, count = MEMORY_LIMIT // (3 * image_size**2), [], [], 0
-    for pixels, numbers in batches:
+    for pixels, numbers in _readable(card, batches, which):
         images.append(torch.as_tensor(pixels).clone())  # off the shared memory of the process that decoded it
         labels.append(torch.as_tensor(numbers).clone())
         count += len(numbers)
@@ -227,6 +227,17 @@ def _decode(card: Card, batches: Iterable, which: str, image_size: int) -> Array
     if not images:
         raise UserError(f"data card {card.name}: the {which} split has no images")
     return Arrays(torch.cat(images), torch.cat(labels))
+
+
+def _readable(card: Card, batches: Iterable, which: str) -> Iterable:
+    """The same batches; UserError where a file cannot be read as an image."""
+    try:
+        yield from batches
+    except (OSError, SyntaxError) as error:  # PIL's; from a worker process with a traceback before the last line
+        last_line = str(error).strip().split("\n")[-1]
+        raise UserError(
+            f"data card {card.name}: the {which} split has a file that is no readable image: {last_line}"
+        ) from None
 
 
 def _labels_of(dataset: Any) -> Tensor | None:

@@ -69,11 +69,6 @@ class DynamicViTMethod(methods.Method):
     def ratio_weight(self) -> float:
         return self.settings.ratio_weight
 
-    @property
-    def predictor_rate(self) -> float:
-        """The predictors' learning rate relative to the backbone's."""
-        return 1 / self.settings.lr_scale
-
     def phases(
         self, sparse: DynamicViT, criterion: nn.Module, teacher: nn.Module | None = None
     ) -> Sequence[methods.TrainPhase]:
@@ -93,5 +88,5 @@ class DynamicViTMethod(methods.Method):
         old = [p for name, p in named if not name.startswith("score_predictor.")]
         groups = [methods.Group("backbone", old, frozen=settings.frozen)]
         if new:
-            groups.append(methods.Group("predictor", new, lr_scale=self.predictor_rate))
+            groups.append(methods.Group("predictor", new, lr_scale=1 / settings.lr_scale))
         return [methods.TrainPhase(name="prune", objective=objective, groups=groups)]
