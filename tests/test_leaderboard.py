@@ -97,6 +97,13 @@ def test_rows_are_ranked_and_compared_with_dense_plus(tmp_path):
     assert rows["worse"].speeds[8].realised == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize("seeds", [(0, 1, 2), (2, 5, 7), (1, 3, 9, 4)])
+def test_the_reference_is_the_reference_in_any_order_of_ids(tmp_path, seeds):
+    fill(tmp_path, seeds=seeds)
+    (table,) = tables(tmp_path)
+    assert [row.label for row in table.rows if row.is_reference] == ["dense+"]
+
+
 def test_nothing_is_claimed_from_two_seeds(tmp_path):
     fill(tmp_path, seeds=(0, 1))
     (table,) = tables(tmp_path)
