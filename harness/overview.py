@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.cells import expand
@@ -32,8 +33,8 @@ def overview(console: Console, methods: dict[str, str]) -> None:
 
 def cost_rows(
     backbone: str, kwargs: dict[str, Any], entries: list[Entry], image_size: int | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row per method and combination of settings, and a line per method that the backbone refuses."""
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """A row per method and combination of settings, by label, and a line per method that the backbone refuses."""
     chosen = [row for entry in entries for row in expand(entry)]
     import torch
 
@@ -45,47 +46,39 @@ def cost_rows(
     ).eval()
     models.require_countable(vit, backbone)
     images = torch.randn(2, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    rows, refused = [], []
-    for _, method in chosen:
+    rows: dict[str, dict[str, Any]] = {}
+    refused: list[str] = []
+    for label, method in chosen:
         try:
             sparse = method.sparsify(vit).eval()
         except Unsupported as error:
             refused.append(f"{method.name}: not on {backbone}: {error}")
             continue
         costs = cost.count(method, vit, sparse, method.deploy(sparse), images)
-        rows.append({
+        rows[label] = {
             "method": method.name, "settings": method.settings.model_dump(mode="json"), "backbone": backbone,
             "macs_dense": round(costs.macs_dense), "macs_theoretical": round(costs.macs_theoretical),
             "macs_executed": round(costs.macs_executed), "params": costs.params, "params_nonzero": costs.params_nonzero,
-        })  # fmt: skip
+        }  # fmt: skip
     return rows, refused
 
 
-def show_costs(rows: list[dict[str, Any]], as_json: bool) -> None:
+def show_costs(rows: dict[str, dict[str, Any]], as_json: bool) -> None:
+    """Rows by label, as a table for people or as a JSON list for programs."""
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(json.dumps(list(rows.values()), indent=1))
         return
-    table = Table(
-        "method", "settings that differ from the defaults", "GMACs dense", "theory", "run", "params M", "non-zero M"
-    )
-    for column in table.columns[2:]:
+    table = Table("method", "GMACs dense", "theory", "run", "params M", "non-zero M")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
         column.justify = "right"
-    for row in rows:
+    for label, row in rows.items():
         macs = [f"{row[key] / 1e9:.4f}" for key in ("macs_dense", "macs_theoretical", "macs_executed")]
-        table.add_row(
-            row["method"], _changed(row), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero"))
-        )
+        table.add_row(escape(label), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero")))
     console = Console(highlight=False)
     console.print(table)
-    backbone = rows[0]["backbone"] if rows else ""
+    backbone = next((row["backbone"] for row in rows.values()), "")
     console.print(f"{backbone}; per image; one multiply-add = 1; matrix products and convolutions only", soft_wrap=True)
-
-
-def _changed(row: dict[str, Any]) -> str:
-    import methods
-
-    defaults = methods.create(row["method"]).settings.model_dump(mode="json")
-    return ", ".join(f"{key}={value}" for key, value in row["settings"].items() if defaults[key] != value)
 
 
 def show_record(record: dict[str, Any]) -> None:

@@ -162,6 +162,23 @@ def test_cost_as_json():
     assert sparse["macs_theoretical"] == sparse["macs_executed"] == 2980897728
 
 
+def test_cost_as_a_table_fits_a_narrow_terminal():
+    done = bench(
+        "cost",
+        "--backbone",
+        "deit_tiny_patch16_224",
+        "--methods",
+        "dynamicvit",
+        "--set",
+        "dynamicvit.keep_rate=[0.9,0.7]",
+        COLUMNS="80",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dynamicvit keep_rate=0.9" in done.stdout
+    assert "0.8012" in done.stdout
+    assert "…" not in done.stdout
+
+
 WRONG = {
     "unknown method": (
         ["--methods", "dense,dynamicvitt"],
