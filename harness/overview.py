@@ -68,7 +68,7 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
-    table = Table("method", "GMACs dense", "theory", "run", "params M", "non-zero M")
+    table = Table("method", "GMACs dense", "theory", "run", "params M", "kept M")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
@@ -78,7 +78,10 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(table)
     backbone = next((row["backbone"] for row in rows.values()), "")
-    console.print(f"{backbone}; per image; one multiply-add = 1; matrix products and convolutions only", soft_wrap=True)
+    console.print(
+        f"{backbone}; per image; one multiply-add = 1, of matrix products and convolutions; kept: parameters not masked to zero",
+        soft_wrap=True,
+    )
 
 
 def show_record(record: dict[str, Any]) -> None:
