@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -169,17 +170,18 @@ def open_data(data: Data, spec_folder: Path, data_root: str | None = None, crop:
     card, card_file = load_card(data.card, spec_folder)
     root = find_root(card, card_file, data_root)
     size = data.image_size or card.image_size
+    workers = min(data.workers, os.cpu_count() or 1)  # more would only wait for each other; results do not depend on it
     checksum = check_sum(card, root) if card.reader == "npz" else None
     names = class_names(card, root)
-    train = open_split(card, root, "train", size, data.workers, as_files=crop == "resized")
-    test = open_split(card, root, "test", size, data.workers)
+    train = open_split(card, root, "train", size, workers, as_files=crop == "resized")
+    test = open_split(card, root, "test", size, workers)
     classes = count_classes(card, train.labels, test.labels, names)
     checksum = checksum or check_sum_of({"train": train, "test": test})
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     held_out = int(len(order) * card.val_fraction)
     return ImageData(
         card, size, classes, checksum, train, test, train_ids=order[held_out:].sort().values,
-        val_ids=order[:held_out].sort().values, workers=data.workers,
+        val_ids=order[:held_out].sort().values, workers=workers,
     )  # fmt: skip
 
 
