@@ -151,7 +151,6 @@ class Runner:
         trained = self._load(cell, path) if path.exists() and not fresh else None
         if trained is None:
             trained = self._train(cell, name)
-            self.trained[weights_id] = trained
             buffer = io.BytesIO()
             torch.save({"model": trained.sparse.state_dict(), "phases": trained.phases}, buffer)
             write_atomically(path, buffer.getvalue())
