@@ -84,10 +84,28 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool) -> None:
     )
 
 
+HEADLINE = (
+    "label",
+    "seed",
+    "id",
+    "kind",
+    "method",
+    "settings",
+    "reason",
+    "message",
+    "top1",
+    "top5",
+    "cost",
+    "batch",
+    "latency",
+)
+
+
 def show_record(record: dict[str, Any]) -> None:
     """The facts of a record; long lists are shortened."""
     hidden = {"correct", "raw_ms", "traceback"}
-    for line in _lines({key: value for key, value in record.items() if key not in hidden}, ""):
+    order = [*(key for key in HEADLINE if key in record), *(key for key in record if key not in HEADLINE)]
+    for line in _lines({key: record[key] for key in order if key not in hidden}, ""):
         typer.echo(line)
     for line in record.get("traceback", ()):
         typer.echo(f"  {line}")
