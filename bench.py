@@ -137,14 +137,25 @@ def cost(
     set_: Sets = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels, instead of the backbone's own.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Rows as JSON: per image, in units.")] = False,
+    by: Annotated[str | None, typer.Option(metavar="part|block", help="Show where the MACs go, too.")] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(metavar="layernorm,softmax,gelu", help="Count these too (traces only), as some scripts do."),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="Random images over which costs that depend on the image are averaged.")
+    ] = 2,
     plugin: Plugins = None,
 ) -> None:
     """MACs and parameters of methods on a backbone, without training."""
+    if by not in (None, "part", "block"):
+        raise typer.BadParameter(f"{by!r} must be part or block", param_hint="--by")
     entries, backbone_kwargs = _entries(methods, set_, plugin, backbone_keys=True)
-    from harness.overview import cost_rows, show_costs
+    from harness.costs_shown import cost_rows, show_costs
 
-    rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size)
-    show_costs(rows, as_json=json)
+    counted = [name.strip() for name in also.split(",")] if also else []
+    rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size, counted, images)
+    show_costs(rows, as_json=json, by=by)
     for line in refused:
         typer.echo(line, err=True)
     raise typer.Exit(1 if refused else 0)

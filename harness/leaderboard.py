@@ -16,6 +16,7 @@ from harness import records, stats
 from harness.packing import unpack
 
 Record = dict[str, Any]
+COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
     found = list({record["seed"]: record for record in sorted(found, key=_order)}.values())  # a seed counts once
     first = found[0]
     top1, interval = stats.mean_interval([record["top1"] for record in found])
-    costs = {key: statistics.mean(record["cost"][key] for record in found) for key in first["cost"]}
+    costs = {key: statistics.mean(record["cost"][key] for record in found) for key in COUNTED}
     row = Row(
         label=first["label"], method=first["method"], settings=first["settings"], seeds=[record["seed"] for record in found],
         top1=top1, top1_interval=interval, top5=statistics.mean(record["top5"] for record in found),

@@ -134,7 +134,7 @@ class Runner:
             "id": record_id, "kind": "train", "weights_id": self.identity.weights_id(cell), "label": cell.label, "seed": cell.seed,
             **self.identity.method_of(cell), "context": self.identity.context, "context_id": identify(self.identity.context),
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
-            "val_top1": val.top1 if val else None, "cost": asdict(cost.count(cell.method, vit, sparse, on_cpu, images)),
+            "val_top1": val.top1 if val else None, "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
             "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device), "code": provenance() | {"method": source_digest(type(cell.method))},

@@ -1,0 +1,136 @@
+"""What `cost` prints: multiply-adds and parameters of methods on a backbone, without training."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.cells import expand
+from harness.spec import Backbone, Entry
+from harness.yamlfile import validate
+
+if TYPE_CHECKING:
+    from harness.cost import Costs
+
+SHORT = {"embedding": "embed", "projections": "proj", "attention": "attn", "overhead": "extra"}
+COUNTS = {"dense": "dense", "theoretical": "theory", "executed": "run"}
+
+
+def cost_rows(
+    backbone: str,
+    kwargs: dict[str, Any],
+    entries: list[Entry],
+    image_size: int | None,
+    also: list[str] | tuple[str, ...] = (),
+    images: int = 2,
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """A row per method and combination of settings, by label, and a line per method that the backbone refuses."""
+    chosen = [row for entry in entries for row in expand(entry)]
+    import torch
+
+    from harness import cost, models
+    from harness.trace import check_names
+    from methods import Unsupported
+
+    named = check_names(also)
+    vit = models.build(
+        validate(Backbone, {"name": backbone, "kwargs": kwargs}, "--set backbone"), None, image_size, seed=0
+    ).eval()
+    models.require_countable(vit, backbone)
+    noise = torch.randn(images, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    rows: dict[str, dict[str, Any]] = {}
+    refused: list[str] = []
+    for label, method in chosen:
+        try:
+            sparse = method.sparsify(vit).eval()
+        except Unsupported as error:
+            refused.append(f"{method.name}: not on {backbone}: {error}")
+            continue
+        costs = cost.count(method, vit, sparse, method.deploy(sparse), noise, named)
+        rows[label] = _row(method, backbone, costs) | {"convention": convention(sorted(named))}
+    return rows, refused
+
+
+def _row(method: Any, backbone: str, costs: Costs) -> dict[str, Any]:
+    record = costs.record()
+    totals = {
+        key: record.pop(key) for key in ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
+    }
+    whole = {key: round(value) if value is not None else None for key, value in totals.items()}
+    return (
+        {"method": method.name, "settings": method.settings.model_dump(mode="json"), "backbone": backbone}
+        | whole
+        | record
+    )
+
+
+def convention(also: list[str]) -> str:
+    """What counts, in words."""
+    from harness.trace import ALSO
+
+    more = ", ".join(f"{name} {ALSO[name]} per element" for name in also)
+    return "one multiply-add = 1, of matrix products and convolutions" + (f"; and {more}" if more else "")
+
+
+def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = None) -> None:
+    """Rows by label, as tables for people or as a JSON list for programs. by: "part" or "block" shows where it goes."""
+    if as_json:
+        typer.echo(json.dumps(list(rows.values()), indent=1))
+        return
+    console = Console(highlight=False)
+    table = _table("method", "GMACs dense", "theory", "run", "params M", "kept M")
+    for label, row in rows.items():
+        macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
+        if row["macs_spread"]["executed"]:
+            macs[-1] += f" ± {_giga(row['macs_spread']['executed'])}"
+        table.add_row(escape(label), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero")))
+    console.print(table)
+    for label, row in rows.items():
+        if by == "part":
+            console.print(_by_part(label, row))
+        elif by == "block":
+            console.print(_by_block(label, row))
+    for row in list(rows.values())[:1]:
+        console.print(
+            f"{row['backbone']}; per image; {row['convention']}; kept: parameters not masked to zero", soft_wrap=True
+        )
+
+
+def _by_part(label: str, row: dict[str, Any]) -> Table:
+    """GMACs of each part: a line for dense, theory and run."""
+    parts = list(dict.fromkeys(name for counted in row["parts"].values() for name in counted))
+    table = _table(escape(label), *(SHORT.get(part, part) for part in parts))
+    for name, counted in row["parts"].items():
+        table.add_row(COUNTS[name], *(_giga(counted.get(part, 0)) for part in parts))
+    return table
+
+
+def _by_block(label: str, row: dict[str, Any]) -> Table:
+    """GMACs of each block's parts as theory / run where they differ, else once."""
+    blocks = {name: row["blocks"].get(name, row["blocks"]["executed"]) for name in ("theoretical", "executed")}
+    parts = list(dict.fromkeys(name for found in blocks.values() for block in found for name in block))
+    table = _table(f"{escape(label)}, block", *(SHORT.get(part, part) for part in parts))
+    for index, (theory, run) in enumerate(zip(*blocks.values(), strict=True)):
+        cells = []
+        for part in parts:
+            both = dict.fromkeys((_giga(theory.get(part, 0)), _giga(run.get(part, 0))))
+            cells.append(" / ".join(both))
+        table.add_row(str(index), *cells)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, *others)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _giga(macs: float | None) -> str:
+    return "n/a" if macs is None else f"{macs / 1e9:.4f}"
