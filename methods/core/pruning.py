@@ -24,8 +24,16 @@ def stage_counts(patches: int, keep_rate: float, stages: int) -> tuple[int, ...]
 
 
 def take_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """The tokens ids [B, k] of x [B, n, C]: [B, k, C]."""
-    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """The tokens ids [B, k] of x [B, n, C]: [B, k, C]. Copies whole rows, which is quicker than an elementwise gather."""
+    first = torch.arange(len(x), device=x.device).unsqueeze(1) * x.shape[1]
+    rows = (first + ids).flatten()
+    return x.reshape(-1, x.shape[-1]).index_select(0, rows).view(*ids.shape, x.shape[-1])
+
+
+def after_prefix(ids: Tensor, prefix: int) -> Tensor:
+    """Patch numbers ids [B, k] as places in the sequence, with the prefix tokens before them: [B, prefix + k]."""
+    always = torch.arange(prefix, device=ids.device).expand(len(ids), -1)
+    return torch.cat([always, ids + prefix], dim=1)
 
 
 class StagedPruning(VisionTransformer):
@@ -72,7 +80,7 @@ class StagedPruning(VisionTransformer):
                 stage = len(kept)
                 scores = self.keep_scores(stage, x[:, prefix:], seen)
                 kept.append(scores.topk(self.kept_counts[stage], dim=1).indices)
-                x = torch.cat([x[:, :prefix], take_tokens(x[:, prefix:], kept[-1])], dim=1)
+                x = take_tokens(x, after_prefix(kept[-1], prefix))
             x = block(x)
         return self.norm(x), kept
 
