@@ -40,8 +40,17 @@ def mix(x: Tensor) -> Tensor:
 
 
 def _mix_number(value: int) -> int:
-    """`mix` for a Python integer."""
-    return int(mix(torch.tensor(_signed(value))))
+    """`mix` for a Python integer, without a tensor: no waiting, and torch.compile takes it for a constant."""
+    low = (1 << 64) - 1
+    value = (value + _GOLDEN) & low
+    value = ((value ^ (value >> 30)) * _MIX1) & low
+    value = ((value ^ (value >> 27)) * _MIX2) & low
+    return _signed(value ^ (value >> 31))
+
+
+@torch.compiler.assume_constant_result
+def _name_number(name: str) -> int:
+    return zlib.crc32(name.encode())
 
 
 def image_keys(images: Tensor) -> Tensor:
@@ -71,7 +80,7 @@ class Noise:
 
     def _bits(self, name: str, shape: tuple[int, ...]) -> Tensor:
         base = 0
-        for part in (self.seed, self.step, zlib.crc32(name.encode())):
+        for part in (self.seed, self.step, _name_number(name)):
             base = _mix_number(base + part)
         rows = mix(self.keys + base)[:, None]
         return mix(rows + torch.arange(math.prod(shape), device=self.keys.device) * _GOLDEN).view(-1, *shape)
