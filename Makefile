@@ -5,13 +5,18 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test lint leaderboard clean
+.PHONY: bench test perf lint leaderboard clean
 
 bench: $(READY)
 	$(BIN)/python bench.py $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Times the pieces, saves the run in .benchmarks, and shows it beside the last saved one, if there is one.
+perf: $(READY)
+	$(BIN)/python -m pytest benchmarks/perf --benchmark-enable --benchmark-autosave --benchmark-compare \
+	  --benchmark-max-time=0.3 --benchmark-sort=name --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,41 @@
+"""Counting the multiply-adds of DeiT-S, dense and with DynamicViT, by trace and by formula. On the CPU, as it always is."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import methods
+from harness import cost
+
+GMACS = {"dense": 4.5989, "dynamicvit": 2.9809}
+
+
+@pytest.fixture(scope="module")
+def deit() -> torch.nn.Module:
+    return timm.create_model("deit_small_patch16_224").eval()
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.benchmark(group="count by trace")
+def test_trace(benchmark, deit, image, name):
+    """harness.cost.traced_macs on the deployed model."""
+    method = methods.create(name)
+    macs = benchmark(cost.traced_macs, method.deploy(method.sparsify(deit)), image)
+    assert round(macs / 1e9, 4) == GMACS[name]
+
+
+@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.benchmark(group="count by formula")
+def test_formula(benchmark, deit, image, name):
+    """harness.cost.theoretical_macs on the sparse model's report, which is made before."""
+    method = methods.create(name)
+    report = method.report(method.sparsify(deit).eval(), image)
+    macs = benchmark(cost.theoretical_macs, deit, report, (224, 224))
+    assert round(macs / 1e9, 4) == GMACS[name]

@@ -1,0 +1,37 @@
+"""The leaderboard: one row's paired bootstrap, and all tables from the committed records."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import leaderboard, records, stats
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+BENCHMARK = "fashion-reference"
+
+
+@pytest.mark.parametrize(("seeds", "images"), [(3, 10_000), (3, 50_000), (10, 50_000)])
+@pytest.mark.benchmark(group="paired bootstrap")
+def test_bootstrap(benchmark, seeds, images):
+    """As many test images as Fashion-MNIST and ImageNet have; one model is right on 80 %, the other on 79 %."""
+    generator = np.random.default_rng(0)
+    pairs = [(generator.random(images) < 0.80, generator.random(images) < 0.79) for _ in range(seeds)]
+    difference, (low, high), p_value = benchmark(stats.paired_bootstrap, pairs)
+    assert np.isclose(difference, np.mean([ours.mean() - theirs.mean() for ours, theirs in pairs]))
+    assert low < difference < high
+    assert 0 < p_value < 0.05
+
+
+@pytest.mark.benchmark(group="leaderboard")
+def test_tables(benchmark, tmp_path):
+    """From a copy, so that what else was run here does not count. Every record that was trained must be in a row."""
+    shutil.copytree(RESULTS / BENCHMARK, tmp_path / BENCHMARK)
+    (table,) = benchmark(leaderboard.tables, tmp_path)
+    trained = [record for _, record in records.load_all(tmp_path) if record["kind"] == "train"]
+    assert {row.label for row in table.rows} == {record["label"] for record in trained}
+    assert sum(len(row.seeds) for row in table.rows) == len(trained)
+    assert sum(row.p_value is not None for row in table.rows) == len(table.rows) - 1  # dense+ is the reference
