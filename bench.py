@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from harness.cells import Run
     from harness.spec import Entry
+    from harness.survey import Plan as SurveyPlan
+    from harness.survey import TimeBudget
 
 ROOT = Path(__file__).resolve().parent
 
@@ -70,7 +74,7 @@ def run(
     from harness.data.cards import check_sum, find_root, load_card
     from harness.spec import find_spec
 
-    overrides = [*(set_ or []), *([f"dtype={dtype}", f"measure.dtype={dtype}"] if dtype else [])]
+    overrides = [*(set_ or []), *([f"dtype={dtype}", f"measure.dtypes=[{dtype}]"] if dtype else [])]
     changes = {"device": device} if device else {}
     if seeds is not None:
         changes["seeds"] = _numbers(seeds)
@@ -162,6 +166,87 @@ def cost(
 
 
 @app.command()
+def latency(
+    spec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A survey: a YAML file or a name in benchmarks/. The options below change it."
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Any of timm's vision transformers.", show_default="deit_small_patch16_224")
+    ] = None,
+    methods: Methods = None,
+    set_: Sets = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, instead of the backbone's own.")] = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="1,8", help="Images per forward.", show_default="1,8")
+    ] = None,
+    dtypes: Annotated[str | None, typer.Option(metavar="A,B", help="float32, tf32, bfloat16, float16 or auto.")] = None,
+    modes: Annotated[str | None, typer.Option(metavar="A,B", help="eager, compile, cudagraph.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Timed time per model and conditions, at least.", show_default="2")
+    ] = None,
+    keep_rate: Annotated[
+        float | None,
+        typer.Option(help="What methods are set to keep whose counts depend on the image.", show_default="0.7"),
+    ] = None,
+    energy: Annotated[bool, typer.Option("--energy", help="Joules per image, too (NVIDIA GPUs).")] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Measure the device's limits, and show what share of them is reached.")
+    ] = False,
+    time_budget: Annotated[
+        str | None, typer.Option(metavar="25m", help="Stop in time; the same command goes on later.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again what has a record.")] = False,
+    results: Results = ROOT / "results",
+    plugin: Plugins = None,
+) -> None:
+    """Latency of methods on a backbone, without training."""
+    from harness.spec import find_spec
+    from harness.survey import Survey, TimeBudget, change, load_survey, only_backbone, plan, seconds_of
+
+    budget = TimeBudget(seconds_of(time_budget) if time_budget else None)
+    path = find_spec(spec) if spec else None
+    survey = load_survey(path) if path else Survey(cases=[{"batch_sizes": [1, 8]}], seconds=2.0)
+    entries, kwargs = _entries(methods, set_, plugin, backbone_keys=path is None, given=survey.entries)
+    if path and backbone:
+        survey = only_backbone(survey, backbone)
+    conditions = {
+        "image_size": image_size, "batch_sizes": _numbers(batch_sizes, "--batch-sizes") if batch_sizes else None,
+        "dtypes": dtypes.split(",") if dtypes else None, "modes": modes.split(",") if modes else None,
+    }  # fmt: skip
+    if path is None:
+        conditions["backbone"] = {"name": backbone or "deit_small_patch16_224", "kwargs": kwargs}
+    others = {"seconds": seconds, "keep_rate": keep_rate, "device": device, "energy": energy or None}
+    planned = plan(path.stem if path else "latency", change(survey, "the command line", conditions, others), entries)
+    raise typer.Exit(_survey(planned, results, budget, roofline, remeasure))
+
+
+def _survey(planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bool, remeasure: bool) -> int:
+    """Measures and shows: 0, or 1 if a row failed, or 130 after Ctrl-C."""
+    from harness.progress import Reporter
+    from harness.records import Store
+
+    with Reporter() as reporter:
+        try:
+            from harness.surveyor import Surveyor
+
+            surveyor = Surveyor(planned, Store(results, planned.name), reporter, budget, remeasure)
+            failed = surveyor.execute(roofline)
+        except KeyboardInterrupt:
+            reporter.done("stopped; what was measured is kept, and the same command goes on with the rest")
+            return 130
+        if surveyor.left:
+            reporter.say(
+                f"the time is up; {surveyor.left} measurements are left, and the same command goes on with them"
+            )
+    _write_leaderboard(results, only=planned.name, must_have=False)
+    return 1 if failed else 0
+
+
+@app.command()
 def check(
     method: Annotated[str, typer.Argument(help="Its name.")],
     set_: Sets = None,
@@ -196,27 +281,32 @@ def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None 
     from harness import render
     from harness.errors import UserError
     from harness.leaderboard import tables
+    from harness.surveyboard import surveys
     from methods.core.registry import unknown
 
-    everything = tables(results)
+    trained, timed = tables(results), surveys(results)
     target = (ROOT if results.resolve() == ROOT / "results" else results) / "leaderboard.md"
-    render.write_markdown(everything, target)
+    render.write_markdown(trained, timed, target)
     if csv is not None:
-        render.write_csv(everything, csv)
-    shown = [table for table in everything if only is None or table.benchmark == only]
-    if must_have and only is not None and not shown:
-        raise UserError(unknown("benchmark", only, dict.fromkeys(table.benchmark for table in everything)))
+        render.write_csv(trained, timed, csv)
+    shown = [[table for table in found if only is None or table.benchmark == only] for found in (trained, timed)]
+    if must_have and only is not None and not any(shown):
+        raise UserError(unknown("benchmark", only, dict.fromkeys(table.benchmark for table in [*trained, *timed])))
     console = Console(highlight=False)
-    render.show(shown, console if console.is_terminal else Console(highlight=False, width=160))
-    typer.echo(
-        f"{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(everything)} tables"
-    )
+    render.show(shown[0], console if console.is_terminal else Console(highlight=False, width=160), shown[1])
+    shown_path = target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target
+    typer.echo(f"{shown_path}: {len(trained) + len(timed)} tables")
 
 
 def _entries(
-    methods: str | None, sets: list[str] | None, plugins: list[str] | None, backbone_keys: bool = False
+    methods: str | None,
+    sets: list[str] | None,
+    plugins: list[str] | None,
+    backbone_keys: bool = False,
+    given: Sequence[Entry] = (),
 ) -> tuple[list[Entry], dict]:
-    """Entries of the named methods (all, where none is named) with METHOD.SETTING=VALUE applied, and backbone.KEY=VALUE."""
+    """Entries of the named methods with METHOD.SETTING=VALUE applied, and backbone.KEY=VALUE. Where none is named: the given
+    ones, or else all methods. A named method without a given entry gets its defaults."""
     from harness.cells import baseline_entries, known, parse_override, set_setting
     from harness.errors import UserError
     from harness.spec import Entry
@@ -226,8 +316,11 @@ def _entries(
         added = [name for path in plugins or () for name in load_plugin(path)]
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    names = known(_names(methods) or [*(entry.method for entry in baseline_entries()), *available(), *added])
-    entries, kwargs = [Entry(method=name) for name in dict.fromkeys(names)], {}
+    usual = [entry.method for entry in given] or [*(entry.method for entry in baseline_entries()), *available()]
+    names = known(_names(methods) or [*usual, *added])
+    entries, kwargs = [], {}
+    for name in dict.fromkeys(names):
+        entries += [entry for entry in given if entry.method == name] or [Entry(method=name)]
     for override in sets or ():
         key, value = parse_override(override)
         head, *rest = key.split(".")
@@ -247,12 +340,12 @@ def _names(text: str | None) -> list[str] | None:
     return names
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str = "--seeds") -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} must be whole numbers with commas between, e.g. 0,1,2", param_hint="--seeds"
+            f"{text!r} must be whole numbers with commas between, e.g. 0,1,2", param_hint=option
         ) from None
 
 

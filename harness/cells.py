@@ -112,9 +112,9 @@ def load_run(
     changes: top-level keys that other options set (seeds, device, dtype). UserError for whatever is wrong."""
     content, lines = read(path, "spec")
     spec = validate(Spec, content, str(path), lines)
-    added = [name for plugin in plugins for name in _plug_in(plugin)]
+    added = [name for plugin in plugins for name in plug_in(plugin)]
     for plugin in spec.plugins:
-        _plug_in(path.parent / plugin)
+        plug_in(path.parent / plugin)
     entries = _choose(spec.entries, only, added)
     values = content | (changes or {})
     for override in overrides:
@@ -180,7 +180,8 @@ def _choose(entries: list[Entry], only: list[str] | None, added: list[str]) -> l
     return result
 
 
-def _plug_in(path: str | Path) -> list[str]:
+def plug_in(path: str | Path) -> list[str]:
+    """The names of the methods that a file adds. UserError where it cannot be loaded."""
     try:
         return methods.load_plugin(path)
     except (OSError, ValueError) as error:

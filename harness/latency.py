@@ -1,107 +1,216 @@
-"""Latency of deployed models against the best dense one: interleaved rounds, raw samples kept.
+"""Latency of a deployed model against the best dense one: interleaved rounds, raw samples kept.
 
-The machines are shared, so a number alone says little: every round times all models one after the other, and the
-speed-up is the median over rounds of the ratio within a round.
+The machines are shared, so a number alone says little. In every round each model has a turn: a call that is not timed, so that
+a model finds its own weights in the caches as it would when it is served, and then timed calls. The speed-up is the median
+over rounds of the ratio within a round. `torch.utils.benchmark` is not used because it cannot interleave; like it, the clock
+starts and stops on an idle device.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
+import math
 import statistics
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness import device as devices
+from harness.device import DTYPES, sensors
+from harness.device.execution import NotAvailable, cold_inputs, peak_of, precision, timed
+from harness.device.observe import Observer
+from harness.modes import Prepared, prepare
 
-WARM_UP_LIMIT = 30.0  # seconds
-STABLE = 0.02  # warmed up when the medians of successive windows differ by less
-WINDOW = 5  # forwards per warm-up window
-MIN_ROUNDS = 15
+WARM_UP_LIMIT = 30.0  # seconds for both models together
+STABLE = (
+    0.01  # warmed up when the medians of successive windows differ by less, or by less than their own scatter explains
+)
+WINDOW_CALLS, WINDOW_SECONDS = 5, 0.1  # a warm-up window has at least so many calls and lasts so long
+ROUNDS = 15  # at least
+PRECISE = 0.015  # rounds go on until the speed-up's interval is this share of it to either side ...
+PATIENCE, LONGEST = (
+    6.0,
+    15.0,
+)  # ... or have lasted so many times the seconds asked for, and at most so long, beyond that
+TURN_CALLS, TURN_SECONDS = 2, 0.1  # timed calls in one turn, at least; beyond that for so many seconds, at most
+KEPT = 2000  # raw samples in a record
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How a model is run. seconds: timed time per model, at least; energy: also measure joules where the device can."""
+
+    batch: int
+    dtype: str
+    mode: str = "eager"
+    seconds: float = 10.0
+    energy: bool = False
 
 
 @dataclass
-class Timing:
-    """seconds: one forward of a whole batch per round. kernel: the attention kernel that was the faster one."""
+class Contender:
+    """One of the two models, and what was measured of it. wall, inside: seconds of each timed call, by the wall clock and
+    between events on the device; turns: the median of each round's turn."""
 
-    kernel: str
-    seconds: list[float] = field(default_factory=list)
-    warm: bool = True
-    peak_memory: int | None = None
+    prepared: Prepared
+    images: Iterator[Tensor]
+    device: torch.device
+    wall: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    turns: list[float] = field(default_factory=list)
+    warm: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
+    def call(self) -> None:
+        self.prepared.forward(next(self.images))
+
+    def timed_call(self) -> float:
+        wall, inside = timed(self.device, self.call)
+        self.wall.append(wall)
+        if inside is not None:
+            self.inside.append(inside)
+        return wall
+
+    def turn(self, seconds: float) -> None:
+        """A call that does not count, and timed calls for about that long."""
+        self.call()
+        times: list[float] = []
+        while len(times) < TURN_CALLS or sum(times) + times[-1] < seconds:
+            times.append(self.timed_call())
+        self.turns.append(statistics.median(times))
+
+    def summary(self, batch: int) -> dict[str, Any]:
         """Milliseconds per batch: p50 always, p90 from 100 samples, p99 from 1,000; and the raw samples."""
-        ordered = sorted(self.seconds)
-        row: dict[str, Any] = {"kernel": self.kernel, "warm": self.warm, "samples": len(ordered)}
+        every = math.ceil(len(self.wall) / KEPT)
+        row: dict[str, Any] = {
+            "kernels": self.prepared.kernels, "channels_last": self.prepared.channels_last, "warm": self.warm,
+            "samples": len(self.wall), "noise": round(quantile(self.wall, 0.9) / quantile(self.wall, 0.5), 4),
+        }  # fmt: skip
         for percent, least in ((50, 1), (90, 100), (99, 1000)):
-            if len(ordered) >= least:
-                row[f"p{percent}_ms"] = _milliseconds(_quantile(ordered, percent / 100))
-        row["peak_memory"] = self.peak_memory
-        row["raw_ms"] = [_milliseconds(value) for value in self.seconds]
-        return row
+            if len(self.wall) >= least:
+                row[f"p{percent}_ms"] = _milliseconds(quantile(self.wall, percent / 100))
+        if self.inside:
+            row["device_p50_ms"] = _milliseconds(statistics.median(self.inside))
+        row["images_per_second"] = round(batch / statistics.median(self.wall), 2)
+        return row | self.facts | {"raw_every": every, "raw_ms": [_milliseconds(value) for value in self.wall[::every]]}
 
 
 @torch.inference_mode()
-def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, dtype: str, seconds: float) -> dict[str, Any]:
-    """Times both on images [B, 3, H, W] for at least `seconds` each: a row for each, and the median of the rounds'
-    ratios (dense over deployed)."""
-    kind, device = devices.DTYPES[dtype], images.device
-    images = images.to(kind)
-    models = [_fastest(model, images, kind) for model in (dense, deployed)]
-    timings = [timing for _, timing in models]
-    rounds = 0
-    while rounds < MIN_ROUNDS or min(sum(timing.seconds) for timing in timings) < seconds:
-        # The order alternates, so that neither always runs on the caches that the other left.
-        for model, timing in models if rounds % 2 == 0 else reversed(models):
-            timing.seconds.append(_forward_seconds(model, images))
-        rounds += 1
-    for model, timing in models:
-        devices.reset_peak_memory(device)
-        model(images)
-        timing.peak_memory = devices.peak_memory(device)
-    ratios = [a / b for a, b in zip(timings[0].seconds, timings[1].seconds, strict=True)]
+def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
+    """Times both on images [B, 3, H, W]: a row for each, and the median of the rounds' ratios (dense over deployed) with an
+    interval that covers it in 95 % of cases if rounds are independent. {"unavailable": reason} where the conditions cannot be."""
+    try:
+        with precision(images.device, conditions.dtype), sensors.Watch(images.device) as watch:
+            row = _compare(dense, deployed, images, conditions)
+    except NotAvailable as error:
+        return {"batch": len(images), "unavailable": str(error)}
+    return row | {"conditions": watch.conditions}
+
+
+def _compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
+    images = images.to(DTYPES[conditions.dtype])
+    names = ("dense", "deployed")
+    contenders = [_contender(model, images, conditions) for model in (dense, deployed)]
+    _warm_up(contenders)
+    ratios = _rounds(contenders, conditions.seconds)
+    energy = _energy(contenders, len(images)) if conditions.energy else {}
+    for contender, model in zip(contenders, (dense, deployed), strict=True):
+        contender.facts |= _facts(contender, model, images)
     return {
-        "batch": len(images), "dtype": dtype, "mode": "eager",
-        "dense": timings[0].summary(), "deployed": timings[1].summary(), "speed_up": round(statistics.median(ratios), 4),
+        "batch": len(images), "rounds": len(ratios), "speed_up": round(statistics.median(ratios), 4),
+        "speed_up_interval": [round(value, 4) for value in median_interval(ratios)], **energy,
+        **{name: contender.summary(len(images)) for name, contender in zip(names, contenders, strict=True)},
     }  # fmt: skip
 
 
-def _fastest(model: nn.Module, images: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Timing]:
-    """A copy of the model in that dtype with the attention kernel, plain or fused, that is faster on these images."""
-    candidates = []
-    for kernel in ("plain", "fused"):
-        candidate = copy.deepcopy(model).to(images.device, dtype).eval()
-        devices.set_attention(candidate, kernel == "fused")
-        candidates.append((candidate, Timing(kernel, warm=_warm_up(candidate, images))))
-    samples: list[list[float]] = [[], []]
-    for _ in range(WINDOW):
-        for (candidate, _timing), times in zip(candidates, samples, strict=True):
-            times.append(_forward_seconds(candidate, images))
-    best = min(range(2), key=lambda index: statistics.median(samples[index]))
-    return candidates[best]
+def _rounds(contenders: list[Contender], seconds: float) -> list[float]:
+    """Turns of both in alternating order, so that neither is always the one that comes after the other; the rounds' ratios."""
+    turn, started, required = min(TURN_SECONDS, seconds / ROUNDS), time.perf_counter(), None
+    ratios: list[float] = []
+    while True:
+        for contender in contenders if len(ratios) % 2 == 0 else reversed(contenders):
+            contender.turn(turn)
+        ratios.append(contenders[0].turns[-1] / contenders[1].turns[-1])
+        if len(ratios) < ROUNDS or min(sum(contender.wall) for contender in contenders) < seconds:
+            continue
+        required = required or time.perf_counter() - started
+        low, high = median_interval(ratios)
+        if high - low < 2 * PRECISE * statistics.median(ratios) or time.perf_counter() - started > required + min(
+            PATIENCE * seconds, LONGEST
+        ):
+            return ratios
 
 
-def _warm_up(model: nn.Module, images: Tensor) -> bool:
-    """Runs the model until the medians of successive windows agree; False where they did not within the limit."""
-    started, last = devices.clock(images.device), None
-    while devices.clock(images.device) - started < WARM_UP_LIMIT:
-        median = statistics.median(_forward_seconds(model, images) for _ in range(WINDOW))
-        if last is not None and abs(median - last) < STABLE * last:
-            return True
-        last = median
-    return False
+def _contender(model: nn.Module, images: Tensor, conditions: Conditions) -> Contender:
+    prepared = prepare(model, images, conditions.dtype, conditions.mode)
+    return Contender(prepared, itertools.cycle(cold_inputs(prepared.inputs(images))), images.device)
 
 
-def _forward_seconds(model: nn.Module, images: Tensor) -> float:
-    started = devices.clock(images.device)
-    model(images)
-    return devices.clock(images.device) - started
+def _warm_up(contenders: list[Contender]) -> None:
+    """Runs both in turns until each one's medians of successive windows have agreed; not `warm` where that took too long."""
+    last: dict[int, list[float]] = {}
+    started = time.perf_counter()
+    while not all(contender.warm for contender in contenders) and time.perf_counter() - started < WARM_UP_LIMIT:
+        for index, contender in enumerate(contenders):
+            window: list[float] = []
+            while len(window) < WINDOW_CALLS or sum(window) < WINDOW_SECONDS:
+                window.append(timed(contender.device, contender.call)[0])
+            contender.warm |= index in last and is_stable(last[index], window)
+            last[index] = window
 
 
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if share != 0.5 else statistics.median(ordered)
+def is_stable(before: list[float], after: list[float]) -> bool:
+    """Whether two windows' medians differ by less than STABLE, or by less than one standard error of their difference: where a
+    machine is that noisy, warming it further would show nothing."""
+    one, other = statistics.median(before), statistics.median(after)
+    return abs(one - other) < max(STABLE * one, math.hypot(_error_of_median(before), _error_of_median(after)))
+
+
+def _error_of_median(values: list[float]) -> float:
+    """From the quartiles, as for a normal distribution: outliers, which noise is made of, do not count."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
+
+
+def _facts(contender: Contender, model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Bytes of weights and what a forward needs on top; how many operations it is, and how often the host has to wait."""
+    inputs = contender.prepared.inputs(images)
+    with Observer() as seen:
+        contender.prepared.model(inputs)
+    weights = sum(x.nbytes for x in (*contender.prepared.model.parameters(), *contender.prepared.model.buffers()))
+    return {
+        "weights_bytes": weights, "peak_bytes": weights + peak_of(contender.device, contender.call),
+        "operations": seen.operations, "waits": len(seen.waits),
+    }  # fmt: skip
+
+
+def _energy(contenders: list[Contender], batch: int) -> dict[str, Any]:
+    """Joules per image of each model in windows of their own, and the idle power; the reason where there is no meter."""
+    try:
+        meter = sensors.EnergyMeter(contenders[0].device)
+    except RuntimeError as error:
+        return {"energy": f"n/a: {error}"}
+    idle = meter.idle_watts()
+    for contender in contenders:
+        joules, calls = meter.per_call(contender.call)
+        contender.facts |= {"joules_per_image": round(joules / batch, 6), "energy_calls": calls}
+    return {"idle_watts": round(idle, 1)}
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Order statistics between which the median lies with 95 % (normal approximation of the binomial ranks)."""
+    ordered, n = sorted(values), len(values)
+    low = max(math.floor(n / 2 - 0.98 * math.sqrt(n)), 0)
+    return ordered[low], ordered[n - 1 - low]
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which that share lies; the middle of the two for the median."""
+    ordered = sorted(values)
+    return statistics.median(ordered) if share == 0.5 else ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 def _milliseconds(seconds: float) -> float:

@@ -14,19 +14,10 @@ import numpy as np
 import methods
 from harness import records, stats
 from harness.packing import unpack
+from harness.speeds import Speed, Timing, column_names, judge, speed_of
 
 Record = dict[str, Any]
 COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
-
-
-@dataclass
-class Speed:
-    """One row's latency at one batch size; medians over the seeds."""
-
-    milliseconds: float
-    speed_up: float
-    realised: float
-    warm: bool
 
 
 @dataclass
@@ -49,7 +40,8 @@ class Row:
     difference_interval: tuple[float, float] | None = None
     p_value: float | None = None  # Holm-corrected; None where nothing is claimed
     pareto: bool = False
-    speeds: dict[int, Speed] = field(default_factory=dict)  # by batch size
+    speeds: dict[Timing, Speed] = field(default_factory=dict)
+    verdict: str | None = None  # why it is slower than its formula
     is_reference: bool = False
 
 
@@ -60,9 +52,9 @@ class Table:
     benchmark: str
     context_id: str
     context: dict[str, Any]
-    timed_on: dict[str, str] | None  # device, driver, dtype, mode
+    timed_on: dict[str, str] | None  # device, driver
     rows: list[Row]
-    batches: list[int]
+    timings: list[Timing]
 
 
 def tables(results: Path, benchmark: str | None = None) -> list[Table]:
@@ -89,7 +81,7 @@ def _timing_devices(group: list[Record], measures: list[Record]) -> list[tuple[d
     by_device: dict[str, list[Record]] = defaultdict(list)
     for record in measures:
         if record["weights_id"] in weights:
-            key = {part: record[part] for part in ("device", "driver", "dtype", "mode")}
+            key = {part: record[part] for part in ("device", "driver")}
             by_device[json.dumps(key, sort_keys=True)].append(record)
     return [(json.loads(key), found) for key, found in sorted(by_device.items())] or [(None, [])]
 
@@ -104,12 +96,16 @@ def _table(name: str, context_id: str, group: list[Record], timed_on: dict | Non
             by_row[_who(record)].append(record)
     reference = next((found for found in by_row.values() if _is_reference(found[0])), None)
     rows = [_row(found, reference, measures) for found in by_row.values()]
+    parts = {row.label: found[0]["cost"].get("parts", {}) for row, found in zip(rows, by_row.values(), strict=True)}
     _correct(rows)
     for row, best in zip(rows, stats.pareto([(row.macs_executed, row.top1) for row in rows]), strict=True):
         row.pareto = best
     rows.sort(key=lambda row: (-row.top1, row.macs_executed, row.label))
-    batches = sorted({batch for row in rows for batch in row.speeds})
-    return Table(name, context_id, group[0]["context"], timed_on, rows, batches)
+    timings = sorted({timing for row in rows for timing in row.speeds})
+    for row in rows:
+        macs = (row.macs_dense, row.macs_theoretical, row.macs_executed)
+        row.verdict = judge(macs, parts[row.label], row.speeds, column_names(timings))
+    return Table(name, context_id, group[0]["context"], timed_on, rows, timings)
 
 
 def _order(record: Record) -> tuple[int, str]:
@@ -165,18 +161,11 @@ def _correct(rows: list[Row]) -> None:
         row.p_value = adjusted
 
 
-def _speeds(row: Row, found: list[Record], measures: list[Record]) -> dict[int, Speed]:
+def _speeds(row: Row, found: list[Record], measures: list[Record]) -> dict[Timing, Speed]:
     weights = {record["weights_id"] for record in found}
-    by_batch: dict[int, list[Record]] = defaultdict(list)
+    same: dict[Timing, list[Record]] = defaultdict(list)
     for record in measures:
         if record["weights_id"] in weights:
-            by_batch[record["batch"]].append(record)
-    speeds = {}
-    for batch, same in sorted(by_batch.items()):
-        speed_up = statistics.median(record["latency"]["speed_up"] for record in same)
-        speeds[batch] = Speed(
-            milliseconds=statistics.median(record["latency"]["deployed"]["p50_ms"] for record in same),
-            speed_up=speed_up, realised=speed_up / (row.macs_dense / row.macs_theoretical),
-            warm=all(record["latency"]["deployed"]["warm"] and record["latency"]["dense"]["warm"] for record in same),
-        )  # fmt: skip
-    return speeds
+            same[Timing(record["dtype"], record["batch"], record["mode"])].append(record["latency"])
+    theoretical = row.macs_dense / row.macs_theoretical
+    return {timing: speed_of(latencies, theoretical) for timing, latencies in sorted(same.items())}

@@ -35,10 +35,15 @@ def build(
         raise UserError(f"backbone {backbone.name} with {kwargs}: {_first_line(error)}") from None
 
 
-def require_countable(model: nn.Module, name: str) -> None:
-    """UserError unless the model is a vision transformer for RGB images whose multiply-adds the formula knows."""
+def require_vit(model: nn.Module, name: str) -> None:
+    """UserError unless the model is a vision transformer."""
     if not isinstance(model, VisionTransformer):
         raise UserError(f"backbone {name}: a {type(model).__name__}; only timm's VisionTransformer is supported yet")
+
+
+def require_countable(model: nn.Module, name: str) -> None:
+    """UserError unless the model is a vision transformer for RGB images whose multiply-adds the formula knows."""
+    require_vit(model, name)
     images = torch.zeros(1, 3, *model.patch_embed.img_size)
     try:
         agrees, formula, traced = cost.dense_formula_holds(model, images)

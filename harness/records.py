@@ -17,10 +17,12 @@ from harness.errors import UserError
 from harness.spec import ROOT
 
 ENGINE_REVISION = 1  # raised whenever a change of the harness changes training results
+MEASURE_REVISION = 2  # raised whenever a change of the harness changes how latency is measured
 REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "train": ("label", "seed", "method", "settings", "revision", "weights_id", "context", "context_id", "top1", "top5", "correct",
               "test_images", "cost"),
-    "measure": ("weights_id", "device", "driver", "dtype", "mode", "batch", "latency"),
+    "measure": ("weights_id", "device", "driver", "dtype", "mode", "batch", "latency", "measure_revision"),
+    "roofline": ("device", "driver", "dtype", "gemm_tflops", "copy_gbs"),
     "failure": ("reason", "message"),
 }  # fmt: skip
 RETRIED = {"crash", "memory", "timeout"}  # failures that may go away by themselves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -9,9 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from harness import surveyshown
 from harness.leaderboard import Row, Table
 from harness.records import write_atomically
+from harness.speeds import NOISY, Timing, column_names, marks
 from harness.stats import MIN_SEEDS
+from harness.surveyboard import SurveyTable
+from harness.verdict import REALISED_LIMIT
 
 HEADER = """# Leaderboard
 
@@ -31,24 +36,48 @@ convolutions only. *dense*: the untouched backbone. *theory*: by formula from wh
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
-share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm after 30 s.
+share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm after 30 s;
+`~`: noisy, the 90th percentile of either network is more than {NOISY} times its median; (b32): measured at batch 32, since
+memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
+speed-up, or executes more than its formula says, has a line that says why.
 ◆: no other row is both at least as accurate and as cheap (GMACs run).
 """
 
 
-def markdown(tables: list[Table]) -> str:
+def markdown(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> str:
     """The whole leaderboard."""
-    if not tables:
+    if not tables and not surveys:
         return HEADER + "\nNo results yet: run `python bench.py`.\n"
-    sections = [_section(table) for table in tables]
-    return HEADER + "\n" + "\n".join(sections) + FOOTER
+    sections = [*map(_section, tables), *map(surveyshown.section, surveys)]
+    return HEADER + "\n" + "\n".join(sections) + FOOTER + (surveyshown.FOOTER if surveys else "")
 
 
 def _section(table: Table) -> str:
     head, *body = _cells(table)
     align = ["---", *["---:"] * (len(head) - 1)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
-    return f"## {table.benchmark}: {_title(table)}\n\n{_conditions(table)}\n\n" + "\n".join(lines) + "\n"
+    notes = "".join(f"\n- {note}" for note in _notes(table))
+    return (
+        f"## {table.benchmark}: {_title(table)}\n\n{_conditions(table)}\n\n"
+        + "\n".join(lines)
+        + "\n"
+        + (f"{notes}\n" if notes else "")
+    )
+
+
+def _notes(table: Table) -> list[str]:
+    """Under the table: why rows are slower than their formula, and why there are no numbers."""
+    notes = [f"{row.label}: {row.verdict}" for row in table.rows if row.verdict]
+    names = column_names(table.timings)
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in table.rows:
+        for timing, speed in row.speeds.items():
+            if speed.unavailable:
+                missing.setdefault((names[timing], speed.unavailable), []).append(row.label)
+    for (column, reason), labels in missing.items():
+        who = "all rows" if len(labels) == len(table.rows) else ", ".join(labels)
+        notes.append(f"{column}, {who}: n/a, {reason}")
+    return notes
 
 
 def _title(table: Table) -> str:
@@ -69,15 +98,18 @@ def _conditions(table: Table) -> str:
     if table.timed_on:
         timed = table.timed_on
         driver = f", {timed['driver']}" if timed["driver"] else ""
-        text += f"Timed on {timed['device']}{driver}, {timed['dtype']}, {timed['mode']}. "
+        kinds = [
+            ", ".join(dict.fromkeys(getattr(timing, part) for timing in table.timings)) for part in ("dtype", "mode")
+        ]
+        text += f"Timed on {timed['device']}{driver}, {', '.join(kinds)}. "
     return text + f"`{table.context_id}`"
 
 
 def _cells(table: Table) -> list[list[str]]:
     """Head and rows of a table, as text."""
     head = ["method", "seeds", "top-1 %", "Δ dense+", "GMACs dense", "theory", "run", "params M"]
-    head += [f"latency, batch {batch}" for batch in table.batches]
-    return [head, *[[*_facts(row), *[_speed(row, batch) for batch in table.batches]] for row in table.rows]]
+    head += [f"latency, {name}" for name in column_names(table.timings).values()]
+    return [head, *[[*_facts(row), *[_speed(row, timing) for timing in table.timings]] for row in table.rows]]
 
 
 def _facts(row: Row) -> list[str]:
@@ -104,14 +136,16 @@ def _difference(row: Row) -> str:
     return f"{text}{star} [{low * 100:+.2f}, {high * 100:+.2f}] p={row.p_value:.2g}"
 
 
-def _speed(row: Row, batch: int) -> str:
-    speed = row.speeds.get(batch)
+def _speed(row: Row, timing: Timing) -> str:
+    speed = row.speeds.get(timing)
     if speed is None:
         return ""
-    return f"{speed.milliseconds:.2f} ms, {speed.speed_up:.2f}x ({speed.realised:.2f}){'' if speed.warm else ' ?'}"
+    if speed.unavailable:
+        return "n/a"
+    return f"{speed.milliseconds:.2f} ms, {speed.speed_up:.2f}x ({speed.realised:.2f}){marks(speed, timing)}"
 
 
-def show(tables: list[Table], console: Console) -> None:
+def show(tables: list[Table], console: Console, surveys: Sequence[SurveyTable] = ()) -> None:
     """The same tables in the terminal."""
     for table in tables:
         head, *body = _cells(table)
@@ -121,9 +155,12 @@ def show(tables: list[Table], console: Console) -> None:
         for cells in body:
             rich.add_row(*map(escape, cells))
         console.print(rich)
+        for note in _notes(table):
+            console.print(f"- {note}", markup=False, soft_wrap=True)
+    surveyshown.show(list(surveys), console)
 
 
-def frame(tables: list[Table]) -> pd.DataFrame:
+def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFrame:
     """One line per row and batch size, in plain numbers (MACs, milliseconds, shares)."""
     lines = []
     for table in tables:
@@ -136,24 +173,13 @@ def frame(tables: list[Table]) -> pd.DataFrame:
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, **(table.timed_on or {}),
             }  # fmt: skip
-            for batch, speed in row.speeds.items() or {None: None}.items():
-                extra = (
-                    {}
-                    if speed is None
-                    else {
-                        "batch": batch,
-                        "ms": speed.milliseconds,
-                        "speed_up": speed.speed_up,
-                        "realised": speed.realised,
-                    }
-                )
-                lines.append(base | extra)
-    return pd.DataFrame(lines)
+            lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
+    return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))
 
 
-def write_markdown(tables: list[Table], path: Path) -> None:
-    write_atomically(path, markdown(tables).encode())
+def write_markdown(tables: list[Table], surveys: Sequence[SurveyTable], path: Path) -> None:
+    write_atomically(path, markdown(tables, surveys).encode())
 
 
-def write_csv(tables: list[Table], path: Path) -> None:
-    write_atomically(path, frame(tables).to_csv(index=False, lineterminator="\n").encode())
+def write_csv(tables: list[Table], surveys: Sequence[SurveyTable], path: Path) -> None:
+    write_atomically(path, frame(tables, surveys).to_csv(index=False, lineterminator="\n").encode())

@@ -16,6 +16,7 @@ from harness import cost, device, models
 from harness.data.cards import Card
 from harness.data.dataset import ImageData
 from harness.data.sources import Arrays
+from harness.device.observe import Observer
 from harness.spec import Recipe
 from harness.train import make_criterion, run_phases
 from methods import Method, TrainPhase
@@ -248,6 +249,30 @@ def costs_can_be_counted(subject: Subject) -> None:
     _require(claimed <= most, f"claims {claimed:.4g} MACs, more than dense and overhead together ({most:.4g})")
 
 
+def waits_for_the_device_once(subject: Subject) -> None:
+    """A forward of the deployed model makes the host wait for nothing; once where the number of tokens depends on the image."""
+    varies = cost.varies(subject.method.report(subject.deployed, subject.images))
+    with torch.no_grad(), Observer() as seen:
+        subject.deployed(subject.images)
+    _require(
+        len(seen.waits) <= varies,
+        f"a forward waits for the device {len(seen.waits)} times ({', '.join(dict.fromkeys(seen.waits))})",
+    )
+
+
+def compiles_in_one_graph(subject: Subject) -> None:
+    """torch.compile takes the deployed model without a graph break, where shapes are fixed, and it predicts the same."""
+    if subject.backbone != "plain" or cost.varies(subject.method.report(subject.deployed, subject.images)):
+        return  # breaks are in a method's code, so one backbone shows them
+    torch.compiler.reset()
+    try:
+        compiled = _logits(torch.compile(subject.deployed, fullgraph=True, backend="eager"), subject.images)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise Broken(f"torch.compile breaks the graph: {str(error).splitlines()[0]}") from error
+    distance = _distance(compiled, _logits(subject.deployed, subject.images))
+    _require(distance <= 1e-4, f"compiled logits differ by {distance:.2g}")
+
+
 def deterministic_by_seed(subject: Subject) -> None:
     """The same seed gives the same weights."""
     again = subject.train()
@@ -260,7 +285,7 @@ def deterministic_by_seed(subject: Subject) -> None:
 RULES: tuple[Rule, ...] = (
     leaves_the_backbone_alone, keeps_parameter_names, gradients_reach_what_is_trained, trains_within_its_shares, maps_images_to_logits,
     shapes_are_final, checkpoint_round_trip, deployed_equals_sparse, predictions_do_not_depend_on_the_batch, report_is_consistent,
-    costs_can_be_counted, deterministic_by_seed,
+    costs_can_be_counted, waits_for_the_device_once, compiles_in_one_graph, deterministic_by_seed,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,18 +15,19 @@ from timm.optim import list_optimizers
 from torch import nn
 
 import methods
-from harness import cost, latency, models
+from harness import cost, measuring, models, workers
 from harness import device as devices
 from harness.cells import Cell, Run
 from harness.data.dataset import ImageData
+from harness.device import execution
 from harness.errors import UserError
 from harness.evaluate import evaluate
 from harness.identity import Identity
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import RETRIED, Store, identify, provenance, source_digest, write_atomically
+from harness.records import MEASURE_REVISION, RETRIED, Store, identify, provenance, source_digest, write_atomically
 from harness.train import Diverged, budget_steps, make_criterion, run_phases
-from methods.core.registry import unknown
+from methods.core.registry import loaded_plugins, unknown
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,20 @@ class Runner:
         self.plan = devices.plan(self.spec.device, self.spec.dtype)
         self.identity = Identity(run, data, self.plan)
         self.trained: dict[str, Trained] = {}
+        self.scratch = tempfile.TemporaryDirectory(prefix="sparse-vit-bench-")
 
     def execute(self) -> int:
         """Cell by cell; a failed one does not stop the others. UserError where no cell could work."""
         self.store.prepare()
         self._check_what_all_need()
         cells, failed = self.run.cells(), 0
-        for number, cell in enumerate(cells, 1):
-            name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
-            try:
-                failed += not self._do(cell, name)
-            finally:
-                self._forget_others(cell)
+        with self.scratch:
+            for number, cell in enumerate(cells, 1):
+                name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
+                try:
+                    failed += not self._do(cell, name)
+                finally:
+                    self._forget_others(cell)
         return failed
 
     def _check_what_all_need(self) -> None:
@@ -122,6 +126,7 @@ class Runner:
         return True
 
     def _train_record(self, cell: Cell, record_id: str, name: str) -> dict[str, Any]:
+        workers.start_server()  # it imports while this process trains
         trained = self._weights(cell, name, self.fresh)
         self.reporter.begin(name, "evaluating")
         deployed = cell.method.deploy(trained.sparse)
@@ -145,9 +150,9 @@ class Runner:
     def _weights(self, cell: Cell, name: str, fresh: bool = False) -> Trained:
         """The cell's trained model: from memory, from its checkpoint, or by training it now."""
         weights_id = self.identity.weights_id(cell)
-        if weights_id in self.trained:
-            return self.trained[weights_id]
         path = self.store.checkpoint(weights_id)
+        if weights_id in self.trained and path.exists():
+            return self.trained[weights_id]
         trained = self._load(cell, path) if path.exists() and not fresh else None
         if trained is None:
             trained = self._train(cell, name)
@@ -208,31 +213,47 @@ class Runner:
 
     def _measure(self, cell: Cell, record: dict[str, Any], name: str) -> bool:
         """Makes the measure records that are missing; True where there were any."""
-        measure, device, made = self.spec.measure, self.plan.device, False
-        dtype = measure.dtype if measure.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-        for batch in measure.batch_sizes:
-            key = {
+        measure, device = self.spec.measure, self.plan.device
+        wanted = measuring.expand(measure, device, measure.seconds, measure.energy)
+        keys = [
+            {
                 "weights_id": record["weights_id"], "device": devices.name(device), "driver": devices.driver(device),
-                "dtype": dtype, "mode": "eager", "batch": batch,
-            }  # fmt: skip
-            record_id = identify(key)
-            if not (self.fresh or self.remeasure) and self.store.read(record_id) is not None:
-                continue
-            deployed, dense = cell.method.deploy(self._weights(cell, name).sparse), self._build(cell.seed, 0.0)
-            self.reporter.begin(name, f"measuring, batch {batch}")
-            images = self._images(batch)
-            rows = latency.compare(dense, deployed, images, dtype, measure.seconds)
+                "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch, "measure_revision": MEASURE_REVISION,
+            }
+            for conditions in wanted
+        ]  # fmt: skip
+        again = self.fresh or self.remeasure
+        missing = [i for i, key in enumerate(keys) if again or self.store.read(identify(key)) is None]
+        if not missing:
+            return False
+        self._weights(cell, name)  # the checkpoint is there afterwards
+        execution.release(device)
+        job = measuring.Job(
+            self._subject(cell, record["weights_id"]), tuple(wanted[i] for i in missing), str(device),
+            self._measured_images(), threads=torch.get_num_threads(),
+        )  # fmt: skip
+        self.reporter.begin(name, f"measuring, {len(missing)} conditions")
+        for number, row in measuring.measure(job):
+            key = keys[missing[number]]
             self.store.write({
-                "id": record_id, "kind": "measure", **key, "images": "real", "label": cell.label, "latency": rows,
+                "id": identify(key), "kind": "measure", **key, "images": "real", "label": cell.label, "latency": row,
                 "where": devices.where(device), "code": provenance(),
             })  # fmt: skip
-            made = True
-        return made
+        return True
 
-    def _images(self, count: int) -> torch.Tensor:
-        """Real images on the device, repeated where there are too few."""
-        images = next(self.data.eval_batches(self._held_out, count, self.plan.device)).images
-        return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()
+    def _subject(self, cell: Cell, weights_id: str) -> measuring.Subject:
+        return measuring.Subject(
+            self.spec.backbone, self.data.classes, self.data.image_size, cell.seed, cell.method.name, cell.settings,
+            self.store.checkpoint(weights_id), plugins=loaded_plugins(),
+        )  # fmt: skip
+
+    def _measured_images(self) -> Path:
+        """A file with as many real images as the largest batch wants."""
+        path = Path(self.scratch.name) / "images.pt"
+        if not path.exists():
+            count = max(self.spec.measure.batch_sizes)
+            torch.save(next(self.data.eval_batches(self._held_out, count, torch.device("cpu"))).images, path)
+        return path
 
     @property
     def _held_out(self) -> str:
@@ -266,8 +287,10 @@ def _summary(report: methods.Report) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if execution.is_out_of_memory(error):
         return "memory"
+    if isinstance(error, workers.Died):
+        return "crash"
     if isinstance(error, Diverged | FloatingPointError):
         return "divergence"
     return "unsupported" if isinstance(error, methods.Unsupported) else "error"

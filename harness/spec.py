@@ -114,14 +114,26 @@ class Entry(Strict):
     label: str | None = None
 
 
-class Measure(Strict):
-    """batch_sizes and dtype of the latency measurement; seconds: timed time per model and batch size, at least;
-    images: validation images over which data-dependent costs are averaged."""
+MeasuredDtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
+Mode = Literal["eager", "compile", "cudagraph"]
+
+
+class Conditions(Strict):
+    """Under which conditions latency is measured: every batch size in every dtype and mode. dtype auto: bfloat16 on a GPU,
+    float32 on the CPU."""
 
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 32]
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtypes: Annotated[list[MeasuredDtype], Field(min_length=1)] = ["auto"]
+    modes: Annotated[list[Mode], Field(min_length=1)] = ["eager"]
+
+
+class Measure(Conditions):
+    """seconds: timed time per model, batch size, dtype and mode, at least. images: validation images over which data-dependent
+    costs are averaged. energy: joules per image too, where the device can tell, in windows of 5 s per model."""
+
     seconds: Positive = 10.0
     images: PositiveInt = 8
+    energy: bool = False
 
 
 class Spec(Strict):

@@ -14,9 +14,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from harness import device as devices
 from harness.data.dataset import ImageData
-from harness.device import Plan
+from harness.device import Plan, execution
 from harness.errors import UserError
 from harness.spec import Recipe
 from methods import CollectPhase, Group, TrainPhase, TransformPhase
@@ -82,16 +81,16 @@ def run_phases(
     for phase in phases:
         first, spent = round(spent * steps), spent + phase.share
         last = round(spent * steps)
-        log, started = PhaseLog(phase.name, phase.kind), devices.clock(plan.device)
-        devices.reset_peak_memory(plan.device)
+        log, started = PhaseLog(phase.name, phase.kind), execution.clock(plan.device)
+        execution.reset_peak_memory(plan.device)
         if isinstance(phase, TrainPhase):
             _train(phase, first, last, recipe, data, plan, seed, watch, log)
         elif isinstance(phase, CollectPhase):
             _collect(phase, (last - first) * recipe.batch_size, recipe, data, plan, watch, log)
         elif isinstance(phase, TransformPhase):
             phase.apply()
-        log.seconds = round(devices.clock(plan.device) - started, 3)
-        log.peak_memory = devices.peak_memory(plan.device)
+        log.seconds = round(execution.clock(plan.device) - started, 3)
+        log.peak_memory = execution.peak_memory(plan.device)
         logs.append(log)
     return logs
 
@@ -118,7 +117,7 @@ def _train(
         optimizer, t_initial=steps - warmup + 1, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=True,
         t_in_epochs=False,
     )  # fmt: skip
-    every, started = max(math.ceil(steps / CURVE_POINTS), 1), devices.clock(plan.device)
+    every, started = max(math.ceil(steps / CURVE_POINTS), 1), execution.clock(plan.device)
     told = started
     for step, batch in enumerate(data.train_batches(recipe, seed, first, last, plan.device)):
         schedule.step_update(step + 1)
@@ -150,7 +149,7 @@ def _train(
                 log.curve.append(
                     {"step": step + 1, "lr": _short(top), **{name: _short(value) for name, value in named.items()}}
                 )
-            told = devices.clock(plan.device)
+            told = execution.clock(plan.device)
             rate = log.images / (told - started)
             watch(Progress(phase.name, step + 1, steps, sum(named.values()), rate))
     objective.eval()

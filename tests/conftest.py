@@ -50,10 +50,97 @@ class Toy(methods.Method):
 
 @pytest.fixture(scope="session")
 def toy_file(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("plugin"), "toy", TOY)
+
+
+MASKED = (
+    TOY.replace("toy", "masked").replace("Toy", "Masked").replace("A toy.", "Masks.")
+    + '''
+
+class MaskingViT(FirstTokens):
+    """Multiplies dropped tokens by zero and computes them all the same, as many repositories do."""
+
+    def forward_features(self, images, *args, **kwargs):
+        x = self.embed(images)
+        for index, block in enumerate(self.blocks):
+            if index in self.pruning_loc:
+                kept = self.num_prefix_tokens + self.kept_counts[self.pruning_loc.index(index)]
+                x = torch.cat([x[:, :kept], x[:, kept:] * 0], dim=1)
+            x = block(x)
+        return self.norm(x)
+'''
+)
+MASKED = MASKED.replace("import methods\n", "import methods\nimport torch\n").replace(
+    "specialise(vit, FirstTokens)", "specialise(vit, MaskingViT)"
+)
+
+THRESHOLD = '''
+"""How many tokens it keeps depends on the image."""
+import methods
+import torch
+from methods.core.vit import specialise
+from timm.models import VisionTransformer
+
+
+class ThresholdViT(VisionTransformer):
+    """Keeps the patches whose first feature is above a threshold, one image after the other; at least one."""
+
+    def keep(self, x):
+        alive = x[:, 0] > self.threshold
+        alive[0] = True
+        return alive
+
+    def forward_features(self, images, *args, **kwargs):
+        x = self._pos_embed(self.patch_embed(images))
+        outputs = []
+        for one in x:
+            alive = self.keep(one)
+            one = one[alive][None]
+            for block in self.blocks:
+                one = block(one)
+            outputs.append(one[:, :1])
+        return self.norm(torch.cat(outputs))
+
+
+@methods.register
+class Threshold(methods.Method):
+    """Keeps what is above a threshold: a toy whose costs depend on the image."""
+
+    name = "threshold"
+
+    def sparsify(self, vit):
+        sparse = specialise(vit, ThresholdViT)
+        sparse.register_buffer("threshold", torch.tensor(-1e9))
+        return sparse
+
+    @torch.no_grad()
+    def calibrate(self, sparse, images, keep_rate):
+        x = sparse._pos_embed(sparse.patch_embed(images))
+        sparse.threshold.copy_(x[..., 0].flatten().quantile(1 - keep_rate))
+
+    @torch.no_grad()
+    def report(self, module, images):
+        x = module._pos_embed(module.patch_embed(images))
+        tokens = torch.stack([module.keep(one).sum() for one in x])
+        return methods.Report(tuple(methods.BlockReport(tokens, tokens, tokens) for _ in module.blocks))
+'''
+
+
+def written(folder: Path, name: str, text: str) -> Path:
     """A plug-in outside the repository."""
-    path = tmp_path_factory.mktemp("plugin") / "toy.py"
-    path.write_text(TOY)
+    path = folder / f"{name}.py"
+    path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def masked_file(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("plugin"), "masked", MASKED)
+
+
+@pytest.fixture(scope="session")
+def threshold_file(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("plugin"), "threshold", THRESHOLD)
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,18 @@ BROKEN = {
             fast.blocks.append(copy.deepcopy(fast.blocks[0]))
             return fast
         """,
+    "waits for the device once": """
+        def deploy(self, sparse):
+            fast = super().deploy(sparse)
+            fast.head_drop.register_forward_hook(lambda module, inputs, output: output * (1 if float(output.sum()) else 2))
+            return fast
+        """,
+    "compiles in one graph": """
+        def deploy(self, sparse):
+            fast = super().deploy(sparse)
+            fast.head_drop.register_forward_hook(lambda module, inputs, output: (torch._dynamo.graph_break(), output)[1])
+            return fast
+        """,
     "deterministic by seed": """
         def phases(self, sparse, criterion, teacher=None):
             import os

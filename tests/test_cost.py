@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import methods
 from harness import cost
-from harness.device import set_attention
 from harness.costs_shown import cost_rows
+from harness.device import set_attention
 from harness.spec import Entry
 
 TABLE = {  # GMACs, matrix products and convolutions, with the predictors: 0.9, 0.8, 0.7, 0.6, 0.5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from harness import render, stats
-from harness.leaderboard import tables
+from harness.leaderboard import Timing, tables
 from harness.packing import pack, unpack
 from harness.records import Store, identify, load_all
 
@@ -48,11 +48,12 @@ def measure_record(train, batch=8, speed_up=1.5, device="CPU X"):
         "dtype": "float32",
         "mode": "eager",
         "batch": batch,
+        "measure_revision": 2,
     }
-    timing = {"p50_ms": 10.0 / speed_up, "warm": True}
-    return key | {
-        "id": identify(key), "kind": "measure", "latency": {"speed_up": speed_up, "deployed": timing, "dense": {"warm": True}}
-    }  # fmt: skip
+    dense = {"p50_ms": 10.0, "warm": True, "noise": 1.1, "peak_bytes": 1000, "operations": 100}
+    deployed = dense | {"p50_ms": 10.0 / speed_up, "operations": 150}
+    latency = {"batch": batch, "speed_up": speed_up, "deployed": deployed, "dense": dense}
+    return key | {"id": identify(key), "kind": "measure", "latency": latency}
 
 
 def images(share, seed=0, count=400):
@@ -92,9 +93,9 @@ def test_rows_are_ranked_and_compared_with_dense_plus(tmp_path):
     assert low < rows["worse"].difference < high < -0.2
     assert rows["worse"].p_value < 0.05
     assert [rows[name].pareto for name in ("same", "dense+", "worse", "dense")] == [True, False, True, False]
-    assert table.batches == [1, 8]
-    assert rows["worse"].speeds[8].speed_up == 1.5
-    assert rows["worse"].speeds[8].realised == pytest.approx(0.75)
+    assert [timing.batch for timing in table.timings] == [1, 8]
+    assert rows["worse"].speeds[Timing("float32", 8, "eager")].speed_up == 1.5
+    assert rows["worse"].speeds[Timing("float32", 8, "eager")].realised == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (2, 5, 7), (1, 3, 9, 4)])
@@ -140,7 +141,7 @@ def test_tables_never_mix_devices(tmp_path):
     store.write(measure_record(row, device="GPU Y", speed_up=3.0))
     found = tables(tmp_path)
     assert [table.timed_on["device"] for table in found] == ["CPU X", "GPU Y"]
-    assert [table.rows[0].speeds[8].speed_up for table in found] == [1.5, 3.0]
+    assert [table.rows[0].speeds[Timing("float32", 8, "eager")].speed_up for table in found] == [1.5, 3.0]
 
 
 def test_only_the_newest_revision_of_a_method_is_shown(tmp_path):

@@ -1,4 +1,7 @@
-"""The device layer: which device, which dtype and attention kernel to train with, seeds, clocks. All that knows CUDA."""
+"""The device layer, the one place that knows CUDA: which device, which dtype and attention kernel to train with, names.
+
+`execution` runs and times calls, `sensors` asks the machine how it is doing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 
 from harness.errors import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,26 @@ def plan(device: str, dtype: str) -> Plan:
     a 96-wide ViT trained 2.7 times faster that way on a CPU with AMX, and 1.4 times slower on one without. UserError for
     a device that is not there.
     """
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError:
-        raise UserError(f"device {device!r}: must be auto, cpu, cuda or cuda:N") from None
-    if chosen.type not in {"cpu", "cuda"}:
-        raise UserError(f"device {device!r}: only cpu and cuda are supported")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    chosen = find(device)
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _has_amx()
         dtype = "bfloat16" if fast else "float32"
     if dtype == "float16":
         raise UserError("dtype float16: training in it needs a gradient scaler, which is not there yet; use bfloat16")
     return Plan(chosen, dtype, fused_attention=chosen.type == "cuda")
+
+
+def find(device: str) -> torch.device:
+    """The device of that name ("auto", "cpu", "cuda", "cuda:1"). UserError where it is not there."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise UserError(f"device {device!r}: must be auto, cpu, cuda or cuda:N") from None
+    if found.type not in {"cpu", "cuda"}:
+        raise UserError(f"device {device!r}: only cpu and cuda are supported")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
 
 
 def _has_amx() -> bool:
@@ -70,28 +78,6 @@ def set_attention(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = fused
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after all work on the device is done."""
-    synchronize(device)
-    return time.perf_counter()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes allocated at most since the last reset; None on the CPU, where torch does not say."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def name(device: torch.device) -> str:

@@ -131,6 +131,11 @@ class Method:
 
         return dense_report(module)
 
+    def calibrate(self, sparse: nn.Module, images: Tensor, keep_rate: float) -> None:
+        """For timing without training: sets what decides in the untrained `sparse` (thresholds, biases) so that about
+        `keep_rate` of what could be kept of `images` [B, 3, H, W] is kept, averaged over blocks. Here: nothing, for
+        methods whose settings fix that."""
+
     def phases(self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None) -> Sequence[Phase]:
         """How it trains. `criterion` maps (logits, targets) to the classification loss; `teacher` is the trained dense
         network, or None where there is no teacher to be used. Here: all parameters, classification loss, and the

@@ -25,7 +25,7 @@ LONGEST_LIST = 40  # names that an error message lists
 
 _FOLDER = Path(__file__).parent.parent
 _registered: dict[str, type[Method]] = {}
-_plug_ins: dict[str, list[str]] = {}  # names by module, of the files that were loaded
+_plug_ins: dict[Path, list[str]] = {}  # names by file, of those that were loaded
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -91,8 +91,8 @@ def load_plugin(path: str | Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"plug-in {path}: no such file")
     module_name = f"_plugin_{path.stem}_{abs(hash(str(path))):x}"
-    if module_name in _plug_ins:
-        return _plug_ins[module_name]
+    if path in _plug_ins:
+        return _plug_ins[path]
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"plug-in {path}: not a Python file (its name must end in .py)")
@@ -109,8 +109,13 @@ def load_plugin(path: str | Path) -> list[str]:
         raise ValueError(
             f"plug-in {path}: registers no method (decorate a methods.Method subclass with @methods.register)"
         )
-    _plug_ins[module_name] = names
+    _plug_ins[path] = names
     return names
+
+
+def loaded_plugins() -> tuple[str, ...]:
+    """The plug-in files that this process has loaded, for another process that is to know the same methods."""
+    return tuple(map(str, _plug_ins))
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:

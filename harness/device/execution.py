@@ -1,0 +1,139 @@
+"""Runs and times calls on a device: clocks, CUDA graphs, memory, numeric precision."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+MOST_COPIES = 256
+CACHES = 2  # rotated inputs fill the last-level cache that many times
+
+
+class NotAvailable(RuntimeError):
+    """A way of running that this device or model cannot do; the message is the reason, for people."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all work on the device is done."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def timed(device: torch.device, call: Callable[[], object]) -> tuple[float, float | None]:
+    """Seconds that a call took: by the wall clock, from an idle device until it is idle again; and between two events on the
+    device's stream (None on the CPU). Waiting for the device to be idle is not part of it."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started, None
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - started, begin.elapsed_time(end) / 1e3
+
+
+def record_graph(device: torch.device, model: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
+    """`model` as a CUDA graph for inputs of this shape; a call copies its input in and replays. NotAvailable elsewhere."""
+    if device.type != "cuda":
+        raise NotAvailable("CUDA graphs need an NVIDIA GPU")
+    inside = images.clone()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # allocations and kernel choices happen before the capture
+        for _ in range(3):
+            model(inside)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            output = model(inside)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotAvailable(f"cannot be captured: {str(error).splitlines()[0][:120]}") from error
+
+    def replay(images: Tensor) -> Tensor:
+        inside.copy_(images)
+        graph.replay()
+        return output
+
+    return replay
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, dtype: str) -> Iterator[None]:
+    """Float32 products in full precision, or rounded to TensorFloat-32 where that is what is measured."""
+    if dtype == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise NotAvailable("tf32 needs an NVIDIA GPU of the Ampere generation or later")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def cold_inputs(images: Tensor) -> list[Tensor]:
+    """Copies of the images that together do not fit into the GPU's L2 cache, to be used in turn: a served model has not seen
+    its input before. On the CPU, whose caches new images pass through anyway, the images alone."""
+    if images.device.type != "cuda":
+        return [images]
+    cache = torch.cuda.get_device_properties(images.device).L2_cache_size
+    copies = min(1 + CACHES * cache // max(images.nbytes, 1), MOST_COPIES)
+    return [images, *(images.clone() for _ in range(copies - 1))]
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes allocated at most since the last reset; None on the CPU, where torch does not say."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def peak_of(device: torch.device, call: Callable[[], object]) -> int:
+    """Bytes that a call needs at most besides what is allocated before it. On the CPU: of torch's tensors, without what
+    kernels keep for themselves."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        reset_peak_memory(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from harness.device.observe import Observer
+
+    with Observer() as seen:
+        call()
+    return seen.peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller batch might help."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Gives back memory that is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,150 @@
+"""Measures one method's deployed model in a process of its own: what to build there, and what to do when memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import methods
+from harness import cost, latency, models, spec, workers
+from harness.device.execution import is_out_of_memory, release
+from harness.latency import Conditions
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What it takes to build a method's models again elsewhere.
+
+    weights: a checkpoint of the form that trains; None: random weights, and where costs depend on the image, a model that
+    the method has set to keep about `keep_rate` of it. plugins: files with further methods.
+    """
+
+    backbone: spec.Backbone
+    classes: int | None
+    image_size: int | None
+    seed: int
+    method: str
+    settings: dict[str, Any]
+    weights: Path | None = None
+    keep_rate: float = 0.7
+    plugins: tuple[str, ...] = ()
+
+    def build(self, images: Tensor) -> tuple[methods.Method, nn.Module, nn.Module]:
+        """The method, the dense network and the form that trains; `images` [B, 3, H, W] are what untrained models are set on."""
+        for path in self.plugins:
+            methods.load_plugin(path)
+        dense = models.build(self.backbone, self.classes, self.image_size, self.seed).eval()
+        method = methods.create(self.method, **self.settings)
+        torch.manual_seed(self.seed + 1)
+        sparse = method.sparsify(dense)
+        if self.weights is not None:
+            sparse.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True)["model"])
+        else:
+            method.calibrate(sparse.eval(), images, self.keep_rate)
+        return method, dense, sparse.eval()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subject and the conditions to measure it under. images: a file with a tensor [B, 3, H, W]; None: random ones.
+    count: images over which costs are counted, 0 for none. threads: of the CPU."""
+
+    subject: Subject
+    conditions: tuple[Conditions, ...]
+    device: str
+    images: Path | None = None
+    count: int = 0
+    threads: int | None = None
+
+
+def expand(chosen: spec.Conditions, device: torch.device, seconds: float, energy: bool) -> list[Conditions]:
+    """Every batch size in every dtype and mode."""
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtypes = dict.fromkeys(auto if dtype == "auto" else dtype for dtype in chosen.dtypes)
+    return [
+        Conditions(batch, dtype, mode, seconds, energy)
+        for dtype in dtypes for batch in dict.fromkeys(chosen.batch_sizes) for mode in dict.fromkeys(chosen.modes)
+    ]  # fmt: skip
+
+
+def measure(job: Job) -> Iterator[tuple[int, Row]]:
+    """(number of the conditions, latency row) as they are measured; before them, if asked for, (-1, costs). Where memory runs
+    out the batch is halved, and the row says for which batch it is. workers.Died where that does not help."""
+    left = dict(enumerate(job.conditions))
+    while True:
+        part = dataclasses.replace(job, conditions=tuple(left.values()))
+        numbers = list(left)
+        try:
+            for number, row in workers.results_of(_measure_here, part):
+                if number >= 0:
+                    del left[numbers[number]]
+                yield (numbers[number] if number >= 0 else -1), row
+            return
+        except workers.Died as death:
+            first = next(iter(left), None)
+            if first is None or not death.killed or left[first].batch == 1:
+                raise
+            left[first] = dataclasses.replace(left[first], batch=left[first].batch // 2)
+            job = dataclasses.replace(job, count=0)
+
+
+def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
+    warnings.filterwarnings("ignore")
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    images = _images(job)
+    method, dense, sparse = job.subject.build(images)
+    deployed = method.deploy(sparse)
+    if job.count:
+        models.require_countable(dense, job.subject.backbone.name)
+        yield -1, cost.count(method, dense, sparse, deployed, images[: job.count]).record()
+    varies = cost.varies(method.report(sparse, images[:2]))
+    device = torch.device(job.device)
+    for number, conditions in enumerate(job.conditions):
+        if varies and conditions.mode == "cudagraph":
+            yield (
+                number,
+                {
+                    "batch": conditions.batch,
+                    "unavailable": "CUDA graphs need fixed shapes, and this method's depend on the image",
+                },
+            )
+            continue
+        yield number, _halving(dense, deployed, images, conditions, device)
+
+
+def _halving(
+    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, device: torch.device
+) -> Row:
+    batch = conditions.batch
+    while True:
+        try:
+            return latency.compare(dense, deployed, _of_size(images, batch).to(device), conditions)
+        except Exception as error:
+            if not is_out_of_memory(error) or batch == 1:
+                raise
+        release(device)
+        batch //= 2
+
+
+def _images(job: Job) -> Tensor:
+    """As many images as the conditions and the counting want."""
+    most = max([job.count, 2, *(conditions.batch for conditions in job.conditions)])
+    if job.images is not None:
+        return _of_size(torch.load(job.images, weights_only=True), most)
+    vit = models.build(job.subject.backbone, job.subject.classes, job.subject.image_size, seed=0)
+    return torch.randn(most, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+
+
+def _of_size(images: Tensor, count: int) -> Tensor:
+    """That many images, repeated where there are too few."""
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count].contiguous()

@@ -1,0 +1,98 @@
+"""Latency as tables show it: the medians of records, their marks, and how columns are called. No torch here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.verdict import REALISED_LIMIT, Parts, not_skipped, verdict
+
+NOISY = 1.25  # a cell whose 90th percentile is so many times its median is marked
+
+
+@dataclass(frozen=True, order=True)
+class Timing:
+    """What a latency column is about; batch: as asked for."""
+
+    dtype: str
+    batch: int
+    mode: str
+
+
+@dataclass
+class Speed:
+    """One row's latency under one column's conditions; medians over the seeds. batch: the one measured, smaller than the
+    column's where memory ran out. unavailable: why there are no numbers."""
+
+    unavailable: str | None = None
+    batch: int = 0
+    milliseconds: float = 0.0
+    speed_up: float = 0.0
+    realised: float = 0.0
+    warm: bool = True
+    noisy: bool = False
+    peak_bytes: int | None = None
+    joules: float | None = None
+    operations: tuple[int, int] | None = None
+
+    def numbers(self, timing: Timing) -> dict[str, Any]:
+        """For CSV: milliseconds, bytes, joules per image."""
+        where = {"dtype": timing.dtype, "mode": timing.mode, "batch": timing.batch}
+        if self.unavailable:
+            return where | {"unavailable": self.unavailable}
+        return where | {
+            "measured_batch": self.batch, "ms": self.milliseconds, "speed_up": self.speed_up, "realised": self.realised,
+            "warm": self.warm, "noisy": self.noisy, "peak_bytes": self.peak_bytes, "joules": self.joules,
+        }  # fmt: skip
+
+
+def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
+    """One cell of a table from the latency rows of its records; theoretical: the speed-up by multiply-adds."""
+    measured = [row for row in latencies if "unavailable" not in row]
+    if not measured:
+        return Speed(unavailable=latencies[0]["unavailable"])
+    both = [row[name] for row in measured for name in ("dense", "deployed")]
+    deployed = [row["deployed"] for row in measured]
+    speed_up = statistics.median(row["speed_up"] for row in measured)
+    joules = [row["joules_per_image"] for row in deployed if "joules_per_image" in row]
+    return Speed(
+        batch=min(row["batch"] for row in measured),
+        milliseconds=statistics.median(row["p50_ms"] for row in deployed),
+        speed_up=speed_up, realised=speed_up / theoretical, warm=all(row["warm"] for row in both),
+        noisy=any(row["noise"] > NOISY for row in both), peak_bytes=max(row["peak_bytes"] for row in deployed),
+        joules=statistics.median(joules) if joules else None,
+        operations=(measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"]),
+    )  # fmt: skip
+
+
+def judge(
+    macs: tuple[float, float, float],
+    parts: Mapping[str, Parts],
+    speeds: Mapping[Timing, Speed],
+    names: Mapping[Timing, str],
+) -> str | None:
+    """A row's verdict. macs: dense, theoretical, executed; names: how the columns are called."""
+    measured = {names[timing]: speed for timing, speed in speeds.items() if speed.unavailable is None}
+    low = next((speed for speed in measured.values() if speed.realised < REALISED_LIMIT), None)
+    realised = {name: speed.realised for name, speed in measured.items()}
+    return verdict(not_skipped(*macs, parts), realised, low.operations if low else None)
+
+
+def column_names(timings: Iterable[Timing]) -> dict[Timing, str]:
+    """ "batch 8", with dtype and mode where the columns differ in them."""
+    timings = list(timings)
+    several = {part: len({getattr(timing, part) for timing in timings}) > 1 for part in ("dtype", "mode")}
+    return {
+        timing: " ".join([f"batch {timing.batch}", *(getattr(timing, part) for part in several if several[part])])
+        for timing in timings
+    }
+
+
+def marks(speed: Speed, timing: Timing) -> str:
+    """What to know before trusting a time."""
+    found = ["?"] if not speed.warm else []
+    found += ["~"] if speed.noisy else []
+    found += [f"(b{speed.batch})"] if speed.batch != timing.batch else []
+    return "".join(f" {mark}" for mark in found)

@@ -1,0 +1,97 @@
+"""Tables of surveys: how fast untrained models are, from the records alone. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import records
+from harness.speeds import Speed, Timing, column_names, judge, speed_of
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Line:
+    """A method under one set of conditions. macs: dense, theoretical, executed. of_products, of_copies: shares of the device's
+    measured limits that it reaches (multiply-adds executed; weights read once); None where those were not measured."""
+
+    label: str
+    macs: tuple[float, float, float]
+    timing: Timing
+    speed: Speed
+    of_products: float | None = None
+    of_copies: float | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        return self.speed.batch / self.speed.milliseconds * 1e3
+
+
+@dataclass
+class SurveyTable:
+    """Lines that may be compared: one backbone on one device. limits: rooflines by dtype; verdicts: by label."""
+
+    benchmark: str
+    backbone: dict[str, Any]
+    image_size: int | None
+    timed_on: dict[str, str]
+    limits: dict[str, Record]
+    lines: list[Line]
+    verdicts: dict[str, str]
+
+    @property
+    def names(self) -> dict[Timing, str]:
+        return column_names({line.timing for line in self.lines})
+
+
+def surveys(results: Path, benchmark: str | None = None) -> list[SurveyTable]:
+    """All of them, in a fixed order: by benchmark, backbone, device."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    limits: dict[tuple[str, str, str], dict[str, Record]] = defaultdict(dict)
+    for name, record in records.load_all(results):
+        if benchmark is not None and name != benchmark:
+            continue
+        if record["kind"] == "roofline" and record["gemm_tflops"]:
+            limits[name, record["device"], record["driver"]][record["dtype"]] = record
+        elif record["kind"] == "measure" and "survey" in record:
+            survey = record["survey"]
+            where = [name, survey["backbone"], survey["image_size"], record["device"], record["driver"]]
+            found[json.dumps(where, sort_keys=True)].append(record)
+    return [_table(json.loads(key), same, limits) for key, same in sorted(found.items())]
+
+
+def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, str], dict[str, Record]]) -> SurveyTable:
+    name, backbone, image_size, device, driver = where
+    table = SurveyTable(
+        name, backbone, image_size, {"device": device, "driver": driver}, limits[name, device, driver], [], {}
+    )
+    table.lines = sorted((_line(record, table.limits) for record in found), key=_order)
+    by_method: dict[str, list[Record]] = defaultdict(list)
+    for record in found:
+        by_method[record["label"]].append(record)
+    for label, same in sorted(by_method.items()):
+        own = [line for line in table.lines if line.label == label]
+        verdict = judge(own[0].macs, same[0]["survey"]["parts"], {line.timing: line.speed for line in own}, table.names)
+        table.verdicts |= {label: verdict} if verdict else {}
+    return table
+
+
+def _line(record: Record, limits: dict[str, Record]) -> Line:
+    facts, timing = record["survey"], Timing(record["dtype"], record["batch"], record["mode"])
+    macs = (facts["macs_dense"], facts["macs_theoretical"], facts["macs_executed"])
+    line = Line(record["label"], macs, timing, speed_of([record["latency"]], macs[0] / macs[1]))
+    limit = limits.get(timing.dtype)
+    if limit and not line.speed.unavailable:
+        seconds = line.speed.milliseconds / 1e3
+        line.of_products = 2 * macs[2] * line.speed.batch / seconds / (limit["gemm_tflops"] * 1e12)
+        line.of_copies = record["latency"]["deployed"]["weights_bytes"] / seconds / (limit["copy_gbs"] * 1e9)
+    return line
+
+
+def _order(line: Line) -> tuple:
+    """By conditions; within them the slower speed-up first, dense at the top."""
+    return line.timing, line.label != "dense", line.speed.speed_up, line.label
