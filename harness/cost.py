@@ -12,21 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.formula import block_macs, theoretical, theoretical_macs
+from harness.formula import theoretical, theoretical_macs
 from harness.macs import Count
-from harness.trace import UncountedOperation, traced, traced_macs
+from harness.trace import traced, traced_macs
 from methods import Method, Report
 from methods.core.vit import dense_report
-
-__all__ = [
-    "Costs",
-    "UncountedOperation",
-    "block_macs",
-    "count",
-    "dense_formula_holds",
-    "theoretical_macs",
-    "traced_macs",
-]
 
 
 @dataclass(frozen=True)

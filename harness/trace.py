@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.macs import Count
+from methods.core.operators import RULES as OWN_RULES
 from methods.core.registry import unknown
 
 with warnings.catch_warnings():
@@ -37,6 +38,11 @@ FREE_OPS = frozenset("aten::" + op for op in """
     sum swapaxes swapdims take_along_dim tanh tensor_split topk tril triu type_as unsqueeze_ var view_as where
     zero_ zeros_like
 """.split())  # fmt: skip
+
+# What fvcore counts by default and this project does not.
+FVCORE_COUNTS = """
+    batch_norm group_norm instance_norm adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d grid_sampler
+""".split()
 
 # What may be counted besides products, in operations per element. LayerNorm: fvcore's rule (4 without an affine part).
 # Softmax and GELU: as ELECTRA's counter has them (Clark et al., 2020), since fvcore gives them 0.
@@ -158,17 +164,26 @@ def _handlers(also: frozenset[str]) -> dict[str, Callable | None]:
         "aten::softmax": elementwise_flop_counter(0, softmax),
         "aten::gelu": elementwise_flop_counter(0, ALSO["gelu"] if "gelu" in also else 0),
     }  # fmt: skip
-    for op in (
-        "batch_norm",
-        "group_norm",
-        "instance_norm",
-        "adaptive_avg_pool2d",
-        "upsample_bilinear2d",
-        "upsample_nearest2d",
-        "grid_sampler",
-    ):
-        rules[f"aten::{op}"] = _nothing  # fvcore would count them by default
-    return rules
+    rules |= {f"aten::{op}": _nothing for op in FVCORE_COUNTS}
+    return rules | {name: _own(macs) for name, macs in OWN_RULES.items()}
+
+
+def _own(macs: Callable[..., float]) -> Callable:
+    """The rule of an operator of `methods.core.operators`: it gets shapes for tensors and values for the rest."""
+
+    def count(inputs: list[Any], outputs: list[Any]) -> Counter:
+        return Counter({"own": macs(*map(_plain, inputs))})
+
+    return count
+
+
+def _plain(value: Any) -> Any:
+    """What a value of the trace is known to be: a tensor's shape, a constant, or a list of these."""
+    if value.isCompleteTensor():
+        return tuple(get_shape(value))
+    if value.node().kind() in ("prim::ListConstruct", "prim::TupleConstruct"):
+        return [_plain(part) for part in value.node().inputs()]
+    return value.toIValue()
 
 
 def _nothing(inputs: list[Any], outputs: list[Any]) -> Counter:

@@ -9,10 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import methods
-from harness import cost
+from harness import cost, trace
 from harness.costs_shown import cost_rows
 from harness.device import set_attention
+from harness.formula import block_macs, theoretical, theoretical_macs
 from harness.spec import Entry
+from harness.trace import traced, traced_macs
+from methods.core import operators
+from methods.core.operators import packed_attention
 
 TABLE = {  # GMACs, matrix products and convolutions, with the predictors: 0.9, 0.8, 0.7, 0.6, 0.5
     "deit_tiny_patch16_224": (1.2537, (1.0915, 0.9319, 0.8012, 0.6901, 0.6016)),
@@ -52,7 +56,7 @@ def test_fused_and_plain_attention_count_the_same(method):
     for fused in (True, False):
         deployed = chosen.deploy(chosen.sparsify(backbone))
         set_attention(deployed, fused)
-        counted.append(cost.traced_macs(deployed, IMAGES))
+        counted.append(traced_macs(deployed, IMAGES))
     assert counted[0] == counted[1]
 
 
@@ -63,7 +67,7 @@ def test_torchs_own_counter_agrees(method):
     set_attention(deployed, False)  # torch's counter does not see every fused kernel
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         deployed(IMAGES[:1])
-    assert counter.get_total_flops() / 2 == cost.traced_macs(deployed, IMAGES[:1])
+    assert counter.get_total_flops() / 2 == traced_macs(deployed, IMAGES[:1])
 
 
 @pytest.mark.parametrize(
@@ -120,8 +124,8 @@ def test_an_uncounted_operation_is_an_error_that_names_it():
             return torch.linalg.solve(x @ x.transpose(-1, -2) + torch.eye(x.shape[-2]), x)
 
     model = nn.Sequential(nn.Identity(), Solver())
-    with pytest.raises(cost.UncountedOperation, match=r"aten::linalg_solve.* in 1 "):
-        cost.traced_macs(model, torch.randn(1, 3, 4, 4))
+    with pytest.raises(trace.UncountedOperation, match=r"aten::linalg_solve.* in 1 "):
+        traced_macs(model, torch.randn(1, 3, 4, 4))
 
 
 def test_the_formula_follows_the_report():
@@ -136,11 +140,11 @@ def test_the_formula_follows_the_report():
         attention_density=torch.tensor([[0.25, 0.9, 0.9]]),
     )
     report = methods.Report((entry,) * 4, weight_density={"blocks.1.mlp.fc1.weight": 0.5})
-    parts = {key: float(macs.mean()) for key, macs in cost.block_macs(backbone.blocks[0], report, 0).items()}
+    parts = {key: float(macs.mean()) for key, macs in block_macs(backbone.blocks[0], report, 0).items()}
     assert parts["projections"] == pytest.approx((5 * 24 * 24 + 2 * 17 * 24 * 24 + 5 * 24 * 24) / 3)
     assert parts["attention"] == pytest.approx(5 * 17 * 2 * 24 * 0.25 / 3)
     assert parts["mlp"] == pytest.approx(4 * 2 * 24 * 96)
-    assert float(cost.block_macs(backbone.blocks[1], report, 1)["mlp"].mean()) == pytest.approx(4 * 1.5 * 24 * 96)
+    assert float(block_macs(backbone.blocks[1], report, 1)["mlp"].mean()) == pytest.approx(4 * 1.5 * 24 * 96)
 
 
 def test_overhead_is_part_of_the_theory():
@@ -148,8 +152,8 @@ def test_overhead_is_part_of_the_theory():
     tokens = torch.tensor([17])
     blocks = (methods.BlockReport(tokens, tokens, tokens),) * 4
     extra = methods.Overhead("x", torch.tensor([10.0, 30.0], dtype=torch.float64))
-    plain = cost.theoretical_macs(backbone, methods.Report(blocks), (32, 32))
-    assert cost.theoretical_macs(backbone, methods.Report(blocks, overhead=(extra,)), (32, 32)) == plain + 20
+    plain = theoretical_macs(backbone, methods.Report(blocks), (32, 32))
+    assert theoretical_macs(backbone, methods.Report(blocks, overhead=(extra,)), (32, 32)) == plain + 20
 
 
 def test_a_refusal_gives_its_reason():
@@ -158,3 +162,93 @@ def test_a_refusal_gives_its_reason():
     )
     assert rows == {}
     assert "leaves no token of 196" in refused[0]
+
+
+def test_fused_attention_counts_in_every_form():
+    """Masked, causal, grouped and called by the kernel's own name: n * m * (d + e) per query head."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 6)
+    few = torch.randn(2, 2, 7, 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.rand(5, 7) > 0.3
+    forms = {
+        "plain": (lambda x: attention(x, k, v), 2 * 4 * 5 * 7 * 14),
+        "masked": (lambda x: attention(x, k, v, attn_mask=mask), 2 * 4 * 5 * 7 * 14),
+        "causal": (lambda x: attention(x, x, x, is_causal=True), 2 * 4 * 5 * 5 * 16),
+        "grouped": (lambda x: attention(x, few, few, enable_gqa=True), 2 * 4 * 5 * 7 * 16),
+        "by name": (
+            lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, x, x)[0], 2 * 4 * 5 * 5 * 16,
+        ),
+    }  # fmt: skip
+    for name, (call, macs) in forms.items():
+
+        class Model(nn.Module):
+            def forward(self, x, call=call):
+                return call(x)
+
+        assert traced_macs(Model(), q) * len(q) == macs, name
+
+
+class Packed(nn.Module):
+    """Two images of 3 and 5 tokens, one after the other."""
+
+    lengths = (3, 5)
+
+    def forward(self, x):
+        q = x.view(-1, 2, 4)
+        starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+        return packed_attention(q, q, q, starts, starts, list(self.lengths), list(self.lengths))
+
+
+def test_operators_of_our_own_are_counted_by_their_rule():
+    x = torch.randn(8, 8)
+    assert traced_macs(Packed(), x) * len(x) == (3 * 3 + 5 * 5) * 2 * (4 + 4)
+    q = x.view(-1, 2, 4).transpose(0, 1)
+    alone = [torch.nn.functional.scaled_dot_product_attention(part, part, part) for part in q.split((3, 5), dim=1)]
+    assert torch.allclose(Packed()(x), torch.cat(alone, dim=1).transpose(0, 1), atol=1e-6)
+
+
+def test_an_operator_of_our_own_without_a_rule_is_an_error(monkeypatch):
+    monkeypatch.delitem(operators.RULES, "sparse_vit_bench::packed_attention")
+    with pytest.raises(trace.UncountedOperation, match="sparse_vit_bench::packed_attention in Packed"):
+        traced_macs(Packed(), torch.randn(8, 8))
+
+
+def test_norms_softmax_and_gelu_on_request():
+    """fvcore's published convention counts LayerNorm at 5 per element: 4.6083 for DeiT-S, 2.9876 with DynamicViT 0.7."""
+    entries = [Entry(method="dense"), Entry(method="dynamicvit")]
+    rows = list(cost_rows("deit_small_patch16_224", {}, entries, None, ["layernorm"])[0].values())
+    assert [round(row["macs_executed"] / 1e9, 4) for row in rows] == [4.6083, 2.9876]
+    assert [row["macs_theoretical"] for row in rows] == [None, None]
+    assert "layernorm 5 per element" in rows[0]["convention"]
+    small = traced(vit(), IMAGES[:1], ["softmax", "gelu", "layernorm"])
+    plain = traced(vit(), IMAGES[:1])
+    assert small.total - plain.total == 4 * (3 * 17 * 17 * 5 + 17 * 96 * 8) + (2 * 4 + 1) * 17 * 24 * 5
+    assert small.parts["norms"] == (2 * 4 + 1) * 17 * 24 * 5
+    assert small.parts["projections"] == plain.parts["projections"]
+
+
+def test_parts_and_blocks_add_up_and_agree_with_the_formula():
+    method, backbone = methods.create("dynamicvit", keep_rate=0.5), vit()
+    sparse = method.sparsify(backbone)
+    costs = cost.count(method, backbone, sparse, method.deploy(sparse), IMAGES)
+    for count in (costs.dense, costs.theoretical, costs.executed):
+        assert sum(count.parts.values()) == pytest.approx(count.total)
+        inside = sum(sum(block.values()) for block in count.blocks)
+        assert inside + count.parts["embedding"] + count.parts["head"] == pytest.approx(count.total)
+        assert count.spread == 0
+    assert costs.executed.parts == pytest.approx(costs.theoretical.parts)
+    for run, theory in zip(costs.executed.blocks, costs.theoretical.blocks, strict=True):
+        assert run == pytest.approx(theory)
+    assert [block.get("overhead", 0) > 0 for block in costs.executed.blocks] == [False, True, True, True]
+
+
+def test_the_spread_is_that_of_the_images():
+    backbone, tokens = vit(), torch.tensor([5, 17])
+    block = methods.BlockReport(tokens, tokens, tokens)
+    count = theoretical(backbone, methods.Report((block,) * 4), (32, 32))
+    each = [
+        theoretical(backbone, methods.Report((methods.BlockReport(t, t, t),) * 4), (32, 32)).total
+        for t in tokens.split(1)
+    ]
+    assert count.total == pytest.approx(sum(each) / 2)
+    assert count.spread == pytest.approx(abs(each[0] - each[1]) / 2)

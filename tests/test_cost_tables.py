@@ -25,7 +25,7 @@ import timm
 import torch
 
 import methods
-from harness import cost
+from harness.formula import theoretical_macs
 
 GOLDEN = Path(__file__).parent / "golden"
 G = 1e9
@@ -53,7 +53,7 @@ def report(keys, queries=None, mlp=None, attention=None, density=None, overhead=
 
 
 def macs(model, said: methods.Report) -> float:
-    return cost.theoretical_macs(model, said, model.patch_embed.img_size)
+    return theoretical_macs(model, said, model.patch_embed.img_size)
 
 
 def dense_macs(model) -> float:

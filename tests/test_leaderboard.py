@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from harness import render, stats
-from harness.leaderboard import Timing, tables
+from harness.errors import UserError
+from harness.leaderboard import tables
 from harness.packing import pack, unpack
 from harness.records import Store, identify, load_all
+from harness.render import frame, markdown
+from harness.speeds import Timing
+from harness.verdict import not_skipped, verdict
 
 CONTEXT = {
     "data": {"card": "tiny", "image_size": 16},
@@ -227,3 +231,61 @@ def test_the_bootstrap_covers_the_truth_at_about_its_level():
         _, (low, high), _ = stats.paired_bootstrap(pairs, seed=trial)
         hits += low <= -0.06 <= high  # 0.8 -> 0.74 in expectation
     assert hits >= 80
+
+
+def test_a_verdict_says_what_is_not_skipped_or_where_the_time_goes():
+    masked = not_skipped(10e9, 6e9, 10e9, {})
+    assert "masked, not skipped" in masked
+    parts = {"theoretical": {"attention": 1e9, "mlp": 3e9}, "executed": {"attention": 3e9, "mlp": 3e9}}
+    partly = not_skipped(10e9, 4e9, 6e9, parts)
+    assert "attention (3.0000 G run, 1.0000 in theory)" in partly
+    assert "mlp" not in partly
+    assert not_skipped(10e9, 6e9, 6.05e9, {}) is None
+    assert verdict(None, {"batch 1": 0.81}, None) is None
+    assert "realised 0.79 at batch 1: all that is counted is skipped" in verdict(
+        None, {"batch 1": 0.79, "batch 8": 0.9}, (100, 150)
+    )
+    assert verdict(masked, {"batch 8": 0.6}, None) == f"{masked}; realised 0.60 at batch 8"
+
+
+def test_marks_and_what_is_missing(tmp_path):
+    store = Store(tmp_path, "b")
+    row = train_record("dense+", "dense", {"continued": True}, 0, images(0.8), executed=0.5e9)
+    store.write(row)
+    noisy = measure_record(row, batch=64)
+    noisy["latency"]["deployed"] |= {"noise": 1.3, "warm": False}
+    noisy["latency"]["batch"] = 32
+    store.write(noisy)
+    graph = measure_record(row, batch=64) | {
+        "mode": "cudagraph",
+        "id": "other",
+        "latency": {"batch": 64, "unavailable": "no GPU"},
+    }
+    store.write(graph)
+    text = markdown(tables(tmp_path))
+    assert "1.50x (0.75) ? ~ (b32)" in text
+    assert "latency, batch 64 cudagraph" in text
+    assert "- batch 64 cudagraph, all rows: n/a, no GPU" in text
+    assert "realised 0.75 at batch 64 eager" in text
+    numbers = frame(tables(tmp_path))
+    assert list(numbers["measured_batch"].dropna()) == [32]
+    assert list(numbers["unavailable"].dropna()) == ["no GPU"]
+
+
+def test_seeds_share_a_cell_by_their_median(tmp_path):
+    store = Store(tmp_path, "b")
+    for seed, speed_up in enumerate((1.2, 1.4, 9.0)):
+        row = train_record("dense+", "dense", {"continued": True}, seed, images(0.8, seed))
+        store.write(row)
+        store.write(measure_record(row, speed_up=speed_up))
+    (table,) = tables(tmp_path)
+    assert table.rows[0].speeds[Timing("float32", 8, "eager")].speed_up == 1.4
+
+
+def test_records_of_an_older_way_of_measuring_are_refused(tmp_path):
+    row = train_record("dense+", "dense", {"continued": True}, 0, images(0.8))
+    old = measure_record(row)
+    del old["measure_revision"]
+    Store(tmp_path, "b").write(old)
+    with pytest.raises(UserError, match="lacks 'measure_revision'; delete it to make it again"):
+        tables(tmp_path)

@@ -7,7 +7,8 @@ import timm
 import torch
 
 import methods
-from harness import cost
+from harness.formula import theoretical_macs
+from harness.trace import traced_macs
 
 GMACS = {"dense": 4.5989, "dynamicvit": 2.9809}
 
@@ -25,17 +26,17 @@ def image() -> torch.Tensor:
 @pytest.mark.parametrize("name", GMACS)
 @pytest.mark.benchmark(group="count by trace")
 def test_trace(benchmark, deit, image, name):
-    """harness.cost.traced_macs on the deployed model."""
+    """harness.trace.traced_macs on the deployed model."""
     method = methods.create(name)
-    macs = benchmark(cost.traced_macs, method.deploy(method.sparsify(deit)), image)
+    macs = benchmark(traced_macs, method.deploy(method.sparsify(deit)), image)
     assert round(macs / 1e9, 4) == GMACS[name]
 
 
 @pytest.mark.parametrize("name", GMACS)
 @pytest.mark.benchmark(group="count by formula")
 def test_formula(benchmark, deit, image, name):
-    """harness.cost.theoretical_macs on the sparse model's report, which is made before."""
+    """harness.formula.theoretical_macs on the sparse model's report, which is made before."""
     method = methods.create(name)
     report = method.report(method.sparsify(deit).eval(), image)
-    macs = benchmark(cost.theoretical_macs, deit, report, (224, 224))
+    macs = benchmark(theoretical_macs, deit, report, (224, 224))
     assert round(macs / 1e9, 4) == GMACS[name]

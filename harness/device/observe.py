@@ -46,7 +46,7 @@ class Observer(TorchDispatchMode):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
                     self._notice(tensor.untyped_storage())
-        if func in WAITING or _picks_by_mask(func, args):
+        if func in WAITING or _size_depends_on_values(func, args, kwargs or {}):
             self.waits.append(str(func))
         return result
 
@@ -81,8 +81,10 @@ class _Copies(TorchFunctionMode):
         return result
 
 
-def _picks_by_mask(func: Any, args: tuple) -> bool:
-    """x[mask] finds out how many entries the mask has."""
+def _size_depends_on_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """x[mask] finds out how many entries the mask has, repeating how often, unless it is told."""
+    if func in (aten.repeat_interleave.Tensor, aten.repeat_interleave.self_Tensor):
+        return kwargs.get("output_size") is None
     if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-        return func is aten.repeat_interleave.Tensor
+        return False
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
