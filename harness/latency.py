@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.device import DTYPES, sensors
-from harness.device.execution import NotAvailable, cold_inputs, peak_of, precision, timed
+from harness.device.execution import NotAvailable, cold_inputs, peak_of, precision, timed, use
 from harness.device.observe import Observer
 from harness.modes import Prepared, prepare
 
@@ -102,23 +102,29 @@ class Contender:
 def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
     """Times both on images [B, 3, H, W]: a row for each, and the median of the rounds' ratios (dense over deployed) with an
     interval that covers it in 95 % of cases if rounds are independent. {"unavailable": reason} where the conditions cannot be."""
+    use(images.device)
     try:
         with precision(images.device, conditions.dtype), sensors.Watch(images.device) as watch:
-            row = _compare(dense, deployed, images, conditions)
+            row = _compare(dense, deployed, images, conditions, watch)
     except NotAvailable as error:
         return {"batch": len(images), "unavailable": str(error)}
     return row | {"conditions": watch.conditions}
 
 
-def _compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
+def _compare(
+    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, watch: sensors.Watch
+) -> dict[str, Any]:
+    if conditions.mode == "compile":
+        torch.compiler.reset()  # what an earlier call compiled would count towards the limit of versions
     images = images.to(DTYPES[conditions.dtype])
     names = ("dense", "deployed")
     contenders = [_contender(model, images, conditions) for model in (dense, deployed)]
     _warm_up(contenders)
     ratios = _rounds(contenders, conditions.seconds)
+    watch.look()
     energy = _energy(contenders, len(images)) if conditions.energy else {}
-    for contender, model in zip(contenders, (dense, deployed), strict=True):
-        contender.facts |= _facts(contender, model, images)
+    for contender in contenders:
+        contender.facts |= _facts(contender, images)
     return {
         "batch": len(images), "rounds": len(ratios), "speed_up": round(statistics.median(ratios), 4),
         "speed_up_interval": [round(value, 4) for value in median_interval(ratios)], **energy,
@@ -138,9 +144,8 @@ def _rounds(contenders: list[Contender], seconds: float) -> list[float]:
             continue
         required = required or time.perf_counter() - started
         low, high = median_interval(ratios)
-        if high - low < 2 * PRECISE * statistics.median(ratios) or time.perf_counter() - started > required + min(
-            PATIENCE * seconds, LONGEST
-        ):
+        is_precise = high - low < 2 * PRECISE * statistics.median(ratios)
+        if is_precise or time.perf_counter() - started > required + min(PATIENCE * seconds, LONGEST):
             return ratios
 
 
@@ -175,14 +180,15 @@ def _error_of_median(values: list[float]) -> float:
     return 1.253 * (high - low) / 1.349 / math.sqrt(len(values))
 
 
-def _facts(contender: Contender, model: nn.Module, images: Tensor) -> dict[str, Any]:
+def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
     """Bytes of weights and what a forward needs on top; how many operations it is, and how often the host has to wait."""
-    inputs = contender.prepared.inputs(images)
+    inputs, model = contender.prepared.inputs(images), contender.prepared.model
     with Observer() as seen:
-        contender.prepared.model(inputs)
-    weights = sum(x.nbytes for x in (*contender.prepared.model.parameters(), *contender.prepared.model.buffers()))
+        model(inputs)
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     return {
-        "weights_bytes": weights, "peak_bytes": weights + peak_of(contender.device, contender.call),
+        # of an eager forward in every mode: a graph's memory is its own and does not show as allocated by a call
+        "weights_bytes": weights, "peak_bytes": weights + peak_of(contender.device, lambda: model(inputs)),
         "operations": seen.operations, "waits": len(seen.waits),
     }  # fmt: skip
 

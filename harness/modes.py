@@ -61,7 +61,6 @@ def _compiled(model: nn.Module, images: Tensor) -> tuple[Forward, dict[str, str]
     for kernel in KERNELS:
         devices.set_attention(model, kernel == "fused")
         own = copy.deepcopy(model)
-        torch.compiler.reset()
         forward = torch.compile(own, fullgraph=True, dynamic=False)
         try:
             forward(images)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from harness.device import DTYPES
-from harness.device.execution import NotAvailable, precision, timed
+from harness.device.execution import NotAvailable, precision, timed, use
 
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # of square matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
@@ -23,6 +23,7 @@ def measure(argument: tuple[str, str, int]) -> Iterator[dict[str, Any]]:
     name, dtype, threads = argument
     torch.set_num_threads(threads)
     device = torch.device(name)
+    use(device)
     try:
         with precision(device, dtype):
             yield {

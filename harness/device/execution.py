@@ -18,6 +18,12 @@ class NotAvailable(RuntimeError):
     """A way of running that this device or model cannot do; the message is the reason, for people."""
 
 
+def use(device: torch.device) -> None:
+    """Makes it the current device of this process: streams, events and graph captures go by that."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was asked to."""
     if device.type == "cuda":
@@ -62,9 +68,10 @@ def record_graph(device: torch.device, model: Callable[[Tensor], Tensor], images
     try:
         with torch.cuda.graph(graph):
             output = model(inside)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        for cause in (error, error.__context__):  # leaving a capture that ran out of memory raises another error
+            if cause is not None and is_out_of_memory(cause):
+                raise cause from None
         raise NotAvailable(f"cannot be captured: {str(error).splitlines()[0][:120]}") from error
 
     def replay(images: Tensor) -> Tensor:

@@ -43,6 +43,9 @@ class Watch:
             "threads": torch.get_num_threads(),
             "governor": _text(GOVERNOR),
         } | changed
+
+    def look(self) -> None:
+        """Asks the GPU, while it is still warm from work."""
         if self.device.type == "cuda":
             self.conditions["gpu"] = gpu_state(self.device)
 
