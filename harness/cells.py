@@ -12,7 +12,7 @@ import yaml
 
 import methods
 from harness.errors import UserError
-from harness.spec import Entry, Spec
+from harness.spec import Entry, Spec, is_survey
 from harness.yamlfile import fields_at, read, validate
 from methods.core.registry import unknown
 
@@ -111,6 +111,8 @@ def load_run(
 
     changes: top-level keys that other options set (seeds, device, dtype). UserError for whatever is wrong."""
     content, lines = read(path, "spec")
+    if is_survey(content):
+        raise UserError(f"spec {path}: is a survey; say bench.py latency --spec {path.stem}")
     spec = validate(Spec, content, str(path), lines)
     added = [name for plugin in plugins for name in plug_in(plugin)]
     for plugin in spec.plugins:

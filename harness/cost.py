@@ -72,9 +72,17 @@ def count(
 
 def varies(report: Report) -> bool:
     """Whether images differ in what they cost."""
-    per_image = [tensor for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)]
-    per_image += [extra.macs for extra in report.overhead]
-    per_image += [block.attention_density for block in report.blocks if block.attention_density is not None]
+    others = [extra.macs for extra in report.overhead]
+    others += [block.attention_density for block in report.blocks if block.attention_density is not None]
+    return shapes_vary(report) or _differ(others)
+
+
+def shapes_vary(report: Report) -> bool:
+    """Whether images differ in how many tokens they keep."""
+    return _differ([tensor for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)])
+
+
+def _differ(per_image: list[Tensor]) -> bool:
     return any(bool((tensor != tensor[:1]).any()) for tensor in per_image)
 
 

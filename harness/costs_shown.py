@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,7 @@ def _by_block(label: str, row: dict[str, Any]) -> Table:
     blocks = {name: row["blocks"].get(name, row["blocks"]["executed"]) for name in ("theoretical", "executed")}
     parts = list(dict.fromkeys(name for found in blocks.values() for block in found for name in block))
     table = _table(f"{escape(label)}, block", *(SHORT.get(part, part) for part in parts))
-    for index, (theory, run) in enumerate(zip(*blocks.values(), strict=True)):
+    for index, (theory, run) in enumerate(itertools.zip_longest(*blocks.values(), fillvalue={})):
         cells = []
         for part in parts:
             both = dict.fromkeys((_giga(theory.get(part, 0)), _giga(run.get(part, 0))))

@@ -20,21 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from harness.device import DTYPES, sensors
-from harness.device.execution import NotAvailable, cold_inputs, peak_of, precision, timed, use
+from harness.device.execution import NotAvailable, cold_inputs, is_out_of_memory, peak_of, precision, timed, use
 from harness.device.observe import Observer
 from harness.modes import Prepared, prepare
 
 WARM_UP_LIMIT = 30.0  # seconds for both models together
-STABLE = (
-    0.01  # warmed up when the medians of successive windows differ by less, or by less than their own scatter explains
+STABLE = 0.01  # warmed up when the medians of successive windows differ by less ...
+SCATTER = (
+    0.02  # ... or by less than one standard error, where windows so long that this is below 2 % still scatter more
 )
+GROWTH, LONGEST_WINDOW = 1.6, 20  # a window has so many times the calls of the one before, up to so many
 WINDOW_CALLS, WINDOW_SECONDS = 5, 0.1  # a warm-up window has at least so many calls and lasts so long
 ROUNDS = 15  # at least
 PRECISE = 0.015  # rounds go on until the speed-up's interval is this share of it to either side ...
-PATIENCE, LONGEST = (
-    6.0,
-    15.0,
-)  # ... or have lasted so many times the seconds asked for, and at most so long, beyond that
+PATIENCE = 6.0  # ... or have lasted so many times the seconds asked for beyond what had to be,
+LONGEST = 15.0  # and at most so many seconds
 TURN_CALLS, TURN_SECONDS = 2, 0.1  # timed calls in one turn, at least; beyond that for so many seconds, at most
 KEPT = 2000  # raw samples in a record
 
@@ -101,7 +101,7 @@ class Contender:
 @torch.inference_mode()
 def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
     """Times both on images [B, 3, H, W]: a row for each, and the median of the rounds' ratios (dense over deployed) with an
-    interval that covers it in 95 % of cases if rounds are independent. {"unavailable": reason} where the conditions cannot be."""
+    interval for it (95 % for a fixed number of rounds; stopping once it is narrow costs some of that). {"unavailable": reason} where the conditions cannot be."""
     use(images.device)
     try:
         with precision(images.device, conditions.dtype), sensors.Watch(images.device) as watch:
@@ -118,15 +118,15 @@ def _compare(
         torch.compiler.reset()  # what an earlier call compiled would count towards the limit of versions
     images = images.to(DTYPES[conditions.dtype])
     names = ("dense", "deployed")
+    meter, energy = _meter(images.device) if conditions.energy else (None, {})
     contenders = [_contender(model, images, conditions) for model in (dense, deployed)]
     _warm_up(contenders)
     ratios = _rounds(contenders, conditions.seconds)
     watch.look()
-    energy = _energy(contenders, len(images)) if conditions.energy else {}
     for contender in contenders:
-        contender.facts |= _facts(contender, images)
+        contender.facts |= _facts(contender, images) | (_energy(contender, meter, len(images)) if meter else {})
     return {
-        "batch": len(images), "rounds": len(ratios), "speed_up": round(statistics.median(ratios), 4),
+        "batch": len(images), "seconds": conditions.seconds, "rounds": len(ratios), "speed_up": round(statistics.median(ratios), 4),
         "speed_up_interval": [round(value, 4) for value in median_interval(ratios)], **energy,
         **{name: contender.summary(len(images)) for name, contender in zip(names, contenders, strict=True)},
     }  # fmt: skip
@@ -157,21 +157,23 @@ def _contender(model: nn.Module, images: Tensor, conditions: Conditions) -> Cont
 def _warm_up(contenders: list[Contender]) -> None:
     """Runs both in turns until each one's medians of successive windows have agreed; not `warm` where that took too long."""
     last: dict[int, list[float]] = {}
-    started = time.perf_counter()
-    while not all(contender.warm for contender in contenders) and time.perf_counter() - started < WARM_UP_LIMIT:
+    calls, started, passes = float(WINDOW_CALLS), time.perf_counter(), 0
+    while passes < 2 or (not all(c.warm for c in contenders) and time.perf_counter() - started < WARM_UP_LIMIT):
         for index, contender in enumerate(contenders):
             window: list[float] = []
-            while len(window) < WINDOW_CALLS or sum(window) < WINDOW_SECONDS:
+            while len(window) < calls or sum(window) < WINDOW_SECONDS:
                 window.append(timed(contender.device, contender.call)[0])
             contender.warm |= index in last and is_stable(last[index], window)
             last[index] = window
+        calls, passes = min(calls * GROWTH, LONGEST_WINDOW), passes + 1
 
 
 def is_stable(before: list[float], after: list[float]) -> bool:
-    """Whether two windows' medians differ by less than STABLE, or by less than one standard error of their difference: where a
-    machine is that noisy, warming it further would show nothing."""
+    """Whether two windows' medians differ by less than STABLE, or by less than a standard error of their difference that is
+    itself below SCATTER: on a machine that noisy, warming further would show nothing."""
     one, other = statistics.median(before), statistics.median(after)
-    return abs(one - other) < max(STABLE * one, math.hypot(_error_of_median(before), _error_of_median(after)))
+    error = math.hypot(_error_of_median(before), _error_of_median(after))
+    return abs(one - other) < max(STABLE * one, error if error < SCATTER * one else 0.0)
 
 
 def _error_of_median(values: list[float]) -> float:
@@ -181,35 +183,45 @@ def _error_of_median(values: list[float]) -> float:
 
 
 def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
-    """Bytes of weights and what a forward needs on top; how many operations it is, and how often the host has to wait."""
+    """Bytes of weights and what an eager forward needs with them (None where it does not fit); how many operations it is, and
+    how often the host has to wait. Eager in every mode: a graph's memory is its own and shows in no call."""
     inputs, model = contender.prepared.inputs(images), contender.prepared.model
-    with Observer() as seen:
-        model(inputs)
-    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-    return {
-        # of an eager forward in every mode: a graph's memory is its own and does not show as allocated by a call
-        "weights_bytes": weights, "peak_bytes": weights + peak_of(contender.device, lambda: model(inputs)),
-        "operations": seen.operations, "waits": len(seen.waits),
-    }  # fmt: skip
-
-
-def _energy(contenders: list[Contender], batch: int) -> dict[str, Any]:
-    """Joules per image of each model in windows of their own, and the idle power; the reason where there is no meter."""
+    facts: dict[str, Any] = {"weights_bytes": sum(x.nbytes for x in (*model.parameters(), *model.buffers()))}
     try:
-        meter = sensors.EnergyMeter(contenders[0].device)
+        with Observer() as seen:
+            model(inputs)
+        peak = facts["weights_bytes"] + peak_of(contender.device, lambda: model(inputs))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return facts | {"peak_bytes": None, "operations": 0, "waits": 0}
+    return facts | {"peak_bytes": peak, "operations": seen.operations, "waits": len(seen.waits)}
+
+
+def _meter(device: torch.device) -> tuple[sensors.EnergyMeter | None, dict[str, Any]]:
+    """The device's meter, and its idle power before anything runs; or the reason why there is none."""
+    try:
+        meter = sensors.EnergyMeter(device)
     except RuntimeError as error:
-        return {"energy": f"n/a: {error}"}
-    idle = meter.idle_watts()
-    for contender in contenders:
-        joules, calls = meter.per_call(contender.call)
-        contender.facts |= {"joules_per_image": round(joules / batch, 6), "energy_calls": calls}
-    return {"idle_watts": round(idle, 1)}
+        return None, {"energy": f"n/a: {error}"}
+    return meter, {"idle_watts": round(meter.idle_watts(), 1)}
+
+
+def _energy(contender: Contender, meter: sensors.EnergyMeter, batch: int) -> dict[str, Any]:
+    """Joules per image in a window of its own."""
+    joules, calls = meter.per_call(contender.call)
+    return {"joules_per_image": round(joules / batch, 6), "energy_calls": calls}
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
-    """Order statistics between which the median lies with 95 % (normal approximation of the binomial ranks)."""
+    """Order statistics between which the median lies with 95 % at least, by the binomial distribution of ranks; the smallest
+    and the largest where there are too few for that."""
     ordered, n = sorted(values), len(values)
-    low = max(math.floor(n / 2 - 0.98 * math.sqrt(n)), 0)
+    outside, low = 0.0, 0
+    while outside + math.comb(n, low) / 2**n <= 0.025 and low < (n - 1) // 2:
+        outside += math.comb(n, low) / 2**n
+        low += 1
+    low = max(low - 1, 0) if outside else 0
     return ordered[low], ordered[n - 1 - low]
 
 

@@ -66,7 +66,7 @@ def tables(results: Path, benchmark: str | None = None) -> list[Table]:
             continue
         if record["kind"] == "train":
             train[name, record["context_id"]].append(record)
-        elif record["kind"] == "measure":
+        elif record["kind"] == "measure" and record["measure_revision"] == records.MEASURE_REVISION:
             measured[name].append(record)
     result = []
     for (name, context_id), group in sorted(train.items()):

@@ -18,6 +18,7 @@ from harness.device.execution import is_out_of_memory, release
 from harness.latency import Conditions
 
 Row = dict[str, Any]
+CALIBRATED = 8  # images on which an untrained model is set to keep a share
 
 
 @dataclass(frozen=True)
@@ -76,50 +77,73 @@ def expand(chosen: spec.Conditions, device: torch.device, seconds: float, energy
     ]  # fmt: skip
 
 
+def answers(record: dict[str, Any] | None, conditions: Conditions) -> bool:
+    """Whether a measure record is there and says what is asked: as long a measurement, and energy if it is wanted."""
+    if record is None:
+        return False
+    row = record["latency"]
+    return "unavailable" in row or (
+        row["seconds"] >= conditions.seconds
+        and not (conditions.energy and "energy" not in row and "idle_watts" not in row)
+    )
+
+
 def measure(job: Job) -> Iterator[tuple[int, Row]]:
-    """(number of the conditions, latency row) as they are measured; before them, if asked for, (-1, costs). Where memory runs
-    out the batch is halved, and the row says for which batch it is. workers.Died where that does not help."""
-    left = dict(enumerate(job.conditions))
-    while True:
-        part = dataclasses.replace(job, conditions=tuple(left.values()))
-        numbers = list(left)
+    """(number of the conditions, latency row) as they are measured; before them (-1, costs, if asked for). Where memory runs
+    out the batch is halved, and the row says for which batch it is. What fails does not stop the conditions after it, which
+    get a fresh process; the first error is raised at the end. An error in building or counting is raised at once."""
+    left, told, errors = dict(enumerate(job.conditions)), False, list[Exception]()
+    while left:
+        part, numbers = dataclasses.replace(job, conditions=tuple(left.values())), list(left)
+        is_built, before = False, len(left)
         try:
             for number, row in workers.results_of(_measure_here, part):
+                is_built |= number < 0
                 if number >= 0:
                     del left[numbers[number]]
-                yield (numbers[number] if number >= 0 else -1), row
-            return
-        except workers.Died as death:
-            first = next(iter(left), None)
-            if first is None or not death.killed or left[first].batch == 1:
+                    yield numbers[number], row
+                elif row and not told:
+                    told = True
+                    yield number, row
+        except Exception as error:
+            if not is_built:
                 raise
-            left[first] = dataclasses.replace(left[first], batch=left[first].batch // 2)
-            job = dataclasses.replace(job, count=0)
+            first = next(iter(left))
+            if isinstance(error, workers.Died) and error.killed and left[first].batch > 1:
+                left[first] = dataclasses.replace(left[first], batch=left[first].batch // 2)
+                continue
+            errors.append(error)
+            del left[first]
+        if len(left) == before:
+            raise RuntimeError("the measuring process ended without a result")
+    if errors:
+        raise errors[0]
 
 
 def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
     warnings.filterwarnings("ignore")
     if job.threads:
         torch.set_num_threads(job.threads)
-    images = _images(job)
-    method, dense, sparse = job.subject.build(images)
+    sample = _images(job, max(job.count, CALIBRATED), seed=1)
+    method, dense, sparse = job.subject.build(sample[:CALIBRATED])
     deployed = method.deploy(sparse)
+    costs = {}
     if job.count:
         models.require_countable(dense, job.subject.backbone.name)
-        yield -1, cost.count(method, dense, sparse, deployed, images[: job.count]).record()
-    varies = cost.varies(method.report(sparse, images[:2]))
+        costs = cost.count(method, dense, sparse, deployed, sample[: job.count]).record()
+    yield -1, costs
+    varies = cost.shapes_vary(method.report(sparse, sample))
+    images = _images(job, max(conditions.batch for conditions in job.conditions), seed=0)
     device = torch.device(job.device)
     for number, conditions in enumerate(job.conditions):
         if varies and conditions.mode == "cudagraph":
-            yield (
-                number,
-                {
-                    "batch": conditions.batch,
-                    "unavailable": "CUDA graphs need fixed shapes, and this method's depend on the image",
-                },
-            )
+            reason = "CUDA graphs need fixed shapes, and this method's depend on the image"
+            yield number, {"batch": conditions.batch, "unavailable": reason}
             continue
-        yield number, _halving(dense, deployed, images, conditions, device)
+        row = _halving(dense, deployed, images, conditions, device)
+        yield number, row
+        if "unavailable" in row and device.type == "cuda":
+            return  # a capture that failed may have left the device in a bad state: the rest gets a fresh process
 
 
 def _halving(
@@ -127,22 +151,21 @@ def _halving(
 ) -> Row:
     batch = conditions.batch
     while True:
+        release(device)
         try:
             return latency.compare(dense, deployed, _of_size(images, batch).to(device), conditions)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
                 raise
-        release(device)
         batch //= 2
 
 
-def _images(job: Job) -> Tensor:
-    """As many images as the conditions and the counting want."""
-    most = max([job.count, 2, *(conditions.batch for conditions in job.conditions)])
+def _images(job: Job, count: int, seed: int) -> Tensor:
+    """The job's images, or random ones: a function of the count and the seed."""
     if job.images is not None:
-        return _of_size(torch.load(job.images, weights_only=True), most)
+        return _of_size(torch.load(job.images, weights_only=True), count)
     vit = models.build(job.subject.backbone, job.subject.classes, job.subject.image_size, seed=0)
-    return torch.randn(most, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(seed))
 
 
 def _of_size(images: Tensor, count: int) -> Tensor:

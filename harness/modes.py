@@ -40,12 +40,11 @@ class Prepared:
 def prepare(model: nn.Module, images: Tensor, dtype: str, mode: str) -> Prepared:
     """A copy of the model on the images' device in that dtype, executed in that mode, with the attention kernel that a short
     measurement finds fastest for every number of tokens. NotAvailable with the reason where the mode cannot be."""
-    if mode == "cudagraph" and images.device.type != "cuda":
-        raise NotAvailable("CUDA graphs need an NVIDIA GPU")
     own = copy.deepcopy(model).to(images.device, devices.DTYPES[dtype]).eval().requires_grad_(False)
     channels_last = _prefers_channels_last(own, images)
     if channels_last:
-        own, images = own.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+        own.patch_embed.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     if mode == "compile":
         forward, kernels = _compiled(own, images)
     else:
@@ -70,6 +69,7 @@ def _compiled(model: nn.Module, images: Tensor) -> tuple[Forward, dict[str, str]
             raise NotAvailable(_why_not_compiled(error)) from error
         candidates.append(forward)
     best = _fastest([lambda forward=forward: forward(images) for forward in candidates], images.device)
+    devices.set_attention(model, KERNELS[best] == "fused")
     return candidates[best], {"all": KERNELS[best]}
 
 

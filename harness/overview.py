@@ -8,19 +8,28 @@ import typer
 from rich.console import Console
 
 from harness.data.cards import CARD_FOLDER, load_card
-from harness.spec import SPEC_FOLDER, Spec
+from harness.spec import SPEC_FOLDER, Spec, is_survey
+from harness.survey import load_survey
 from harness.yamlfile import read, validate
 
 
 def overview(console: Console, methods: dict[str, str]) -> None:
     """Methods (name to description), the specs in benchmarks/ and the cards in datasets/."""
-    specs, cards = {}, {}
+    specs, surveys, cards = {}, {}, {}
     for path in sorted(SPEC_FOLDER.glob("*.yaml")):
         content, lines = read(path, "spec")
-        specs[path.stem] = validate(Spec, content, str(path), lines).title
+        if is_survey(content):
+            surveys[path.stem] = load_survey(path).title
+        else:
+            specs[path.stem] = validate(Spec, content, str(path), lines).title
     for path in sorted(CARD_FOLDER.glob("*.yaml")):
         cards[path.stem] = load_card(str(path))[0].title
-    for title, rows in (("methods", methods), ("specs (benchmarks/)", specs), ("data cards (datasets/)", cards)):
+    for title, rows in (
+        ("methods", methods),
+        ("specs (benchmarks/)", specs),
+        ("surveys (benchmarks/), for latency --spec", surveys),
+        ("data cards (datasets/)", cards),
+    ):
         console.print(title)
         width = max(map(len, rows), default=0)
         for name, text in rows.items():

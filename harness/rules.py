@@ -251,7 +251,7 @@ def costs_can_be_counted(subject: Subject) -> None:
 
 def waits_for_the_device_once(subject: Subject) -> None:
     """A forward of the deployed model makes the host wait for nothing; once where the number of tokens depends on the image."""
-    varies = cost.varies(subject.method.report(subject.deployed, subject.images))
+    varies = cost.shapes_vary(subject.method.report(subject.deployed, subject.images))
     with torch.no_grad(), Observer() as seen:
         subject.deployed(subject.images)
     _require(
@@ -262,7 +262,7 @@ def waits_for_the_device_once(subject: Subject) -> None:
 
 def compiles_in_one_graph(subject: Subject) -> None:
     """torch.compile takes the deployed model without a graph break, where shapes are fixed, and it predicts the same."""
-    if subject.backbone != "plain" or cost.varies(subject.method.report(subject.deployed, subject.images)):
+    if subject.backbone != "plain" or cost.shapes_vary(subject.method.report(subject.deployed, subject.images)):
         return  # breaks are in a method's code, so one backbone shows them
     torch.compiler.reset()
     try:

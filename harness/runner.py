@@ -192,7 +192,7 @@ class Runner:
         """The trained dense network of the cell's seed."""
         dense_cell = self.identity.dense_cell(cell)
         failures = self.store.failures(self.identity.record_id(dense_cell))
-        if failures:
+        if failures and self.store.read(self.identity.record_id(dense_cell)) is None:  # or only timing it failed
             raise DenseFailed(f"the dense network that it starts from failed ({failures[-1]['message']})")
         return self._weights(dense_cell, f"{name}, its dense network").sparse
 
@@ -223,7 +223,10 @@ class Runner:
             for conditions in wanted
         ]  # fmt: skip
         again = self.fresh or self.remeasure
-        missing = [i for i, key in enumerate(keys) if again or self.store.read(identify(key)) is None]
+        missing = [
+            i for i, key in enumerate(keys)
+            if again or not measuring.answers(self.store.read(identify(key)), wanted[i])
+        ]  # fmt: skip
         if not missing:
             return False
         self._weights(cell, name)  # the checkpoint is there afterwards
@@ -234,6 +237,8 @@ class Runner:
         )  # fmt: skip
         self.reporter.begin(name, f"measuring, {len(missing)} conditions")
         for number, row in measuring.measure(job):
+            if number < 0:
+                continue
             key = keys[missing[number]]
             self.store.write({
                 "id": identify(key), "kind": "measure", **key, "images": "real", "label": cell.label, "latency": row,

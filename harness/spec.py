@@ -177,6 +177,11 @@ class Spec(Strict):
         return validate(Recipe, self.recipe.model_dump() | self.adapt, "adapt")
 
 
+def is_survey(content: dict[str, Any]) -> bool:
+    """Whether a file's content is a survey (latency without training) rather than a benchmark."""
+    return "cases" in content
+
+
 def find_spec(name: str) -> Path:
     """A spec's file from its path, or from its name in benchmarks/."""
     path = Path(name)

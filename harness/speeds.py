@@ -10,6 +10,7 @@ from typing import Any
 from harness.verdict import REALISED_LIMIT, Parts, not_skipped, verdict
 
 NOISY = 1.25  # a cell whose 90th percentile is so many times its median is marked
+OTHERS = 0.2  # and one during which other processes kept more than so many cores busy
 
 
 @dataclass(frozen=True, order=True)
@@ -33,6 +34,7 @@ class Speed:
     realised: float = 0.0
     warm: bool = True
     noisy: bool = False
+    half_width: float = 0.0
     peak_bytes: int | None = None
     joules: float | None = None
     operations: tuple[int, int] | None = None
@@ -43,7 +45,7 @@ class Speed:
         if self.unavailable:
             return where | {"unavailable": self.unavailable}
         return where | {
-            "measured_batch": self.batch, "ms": self.milliseconds, "speed_up": self.speed_up, "realised": self.realised,
+            "measured_batch": self.batch, "ms": self.milliseconds, "speed_up": self.speed_up, "half_width": self.half_width, "realised": self.realised,
             "warm": self.warm, "noisy": self.noisy, "peak_bytes": self.peak_bytes, "joules": self.joules,
         }  # fmt: skip
 
@@ -53,6 +55,7 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
     measured = [row for row in latencies if "unavailable" not in row]
     if not measured:
         return Speed(unavailable=latencies[0]["unavailable"])
+    measured = [row for row in measured if row["batch"] == min(other["batch"] for other in measured)]
     both = [row[name] for row in measured for name in ("dense", "deployed")]
     deployed = [row["deployed"] for row in measured]
     speed_up = statistics.median(row["speed_up"] for row in measured)
@@ -61,10 +64,16 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         batch=min(row["batch"] for row in measured),
         milliseconds=statistics.median(row["p50_ms"] for row in deployed),
         speed_up=speed_up, realised=speed_up / theoretical, warm=all(row["warm"] for row in both),
-        noisy=any(row["noise"] > NOISY for row in both), peak_bytes=max(row["peak_bytes"] for row in deployed),
+        noisy=any(row["noise"] > NOISY for row in both) or any(_was_disturbed(row) for row in measured), peak_bytes=max((row["peak_bytes"] for row in deployed if row["peak_bytes"]), default=None),
+        half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,
         operations=(measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"]),
     )  # fmt: skip
+
+
+def _was_disturbed(row: dict[str, Any]) -> bool:
+    conditions = row.get("conditions", {})
+    return conditions.get("others_cores", 0.0) > OTHERS or conditions.get("throttled_seconds", 0.0) > 0
 
 
 def judge(

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveInt
 import methods
 from harness.cells import baseline_entries, expand, plug_in
 from harness.errors import UserError
-from harness.spec import Backbone, Conditions, Entry, Positive, Share
+from harness.spec import Backbone, Conditions, Entry, Positive, Share, is_survey
 from harness.yamlfile import Strict, read, validate
 from methods.core.registry import unknown
 
@@ -59,6 +59,8 @@ class Plan:
 def load_survey(path: Path) -> Survey:
     """A survey file, its plug-ins loaded. UserError for whatever is wrong in it."""
     content, lines = read(path, "survey")
+    if not is_survey(content):
+        raise UserError(f"survey {path}: has no cases, so it is a benchmark; say bench.py --spec {path.stem}")
     survey = validate(Survey, content, str(path), lines)
     for plugin in survey.plugins:
         plug_in(path.parent / plugin)
@@ -130,8 +132,10 @@ def seconds_of(text: str) -> float:
 
 
 def subject_id(case: Case, method: methods.Method, keep_rate: float) -> dict[str, Any]:
-    """What tells a surveyed model from others: it stands where a trained model's weights do."""
+    """What tells a surveyed model from others: it stands where a trained model's weights do. The keep rate belongs to it only
+    where a method can be set to one."""
+    adapts = type(method).calibrate is not methods.Method.calibrate
     return {
         "untrained": SEED, "backbone": case.backbone.model_dump(), "image_size": case.image_size, "method": method.name,
-        "settings": method.settings.model_dump(mode="json"), "revision": method.revision, "keep_rate": keep_rate,
+        "settings": method.settings.model_dump(mode="json"), "revision": method.revision, "keep_rate": keep_rate if adapts else None,
     }  # fmt: skip

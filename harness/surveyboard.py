@@ -61,7 +61,29 @@ def surveys(results: Path, benchmark: str | None = None) -> list[SurveyTable]:
             survey = record["survey"]
             where = [name, survey["backbone"], survey["image_size"], record["device"], record["driver"]]
             found[json.dumps(where, sort_keys=True)].append(record)
-    return [_table(json.loads(key), same, limits) for key, same in sorted(found.items())]
+    return [_table(json.loads(key), _newest(same), limits) for key, same in sorted(found.items())]
+
+
+def _newest(found: list[Record]) -> list[Record]:
+    """Without what an older revision of a method, or of how latency is measured, has left."""
+
+    def who(record: Record) -> str:
+        return json.dumps(
+            [record["survey"]["method"], record["survey"]["settings"], record["survey"]["keep_rate"]], sort_keys=True
+        )
+
+    def age(record: Record) -> tuple[int, int]:
+        return record["survey"]["revision"], record["measure_revision"]
+
+    newest = {}
+    for record in found:
+        newest[who(record)] = max(newest.get(who(record), (0, 0)), age(record))
+    return [record for record in found if age(record) == newest[who(record)]]
+
+
+def _name(record: Record) -> str:
+    rate = record["survey"]["keep_rate"]
+    return record["label"] + (f" (set to keep {rate:g})" if rate is not None else "")
 
 
 def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, str], dict[str, Record]]) -> SurveyTable:
@@ -72,7 +94,7 @@ def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, s
     table.lines = sorted((_line(record, table.limits) for record in found), key=_order)
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in found:
-        by_method[record["label"]].append(record)
+        by_method[_name(record)].append(record)
     for label, same in sorted(by_method.items()):
         own = [line for line in table.lines if line.label == label]
         verdict = judge(own[0].macs, same[0]["survey"]["parts"], {line.timing: line.speed for line in own}, table.names)
@@ -83,7 +105,7 @@ def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, s
 def _line(record: Record, limits: dict[str, Record]) -> Line:
     facts, timing = record["survey"], Timing(record["dtype"], record["batch"], record["mode"])
     macs = (facts["macs_dense"], facts["macs_theoretical"], facts["macs_executed"])
-    line = Line(record["label"], macs, timing, speed_of([record["latency"]], macs[0] / macs[1]))
+    line = Line(_name(record), macs, timing, speed_of([record["latency"]], macs[0] / macs[1]))
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
         seconds = line.speed.milliseconds / 1e3

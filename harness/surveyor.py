@@ -52,7 +52,10 @@ class Surveyor:
         wanted = measuring.expand(case, self.device, self.survey.seconds, self.survey.energy)
         subject = subject_id(case, method, self.survey.keep_rate)
         keys = [self._key(subject, conditions) for conditions in wanted]
-        missing = [i for i, key in enumerate(keys) if self.remeasure or self.store.read(identify(key)) is None]
+        missing = [
+            i for i, key in enumerate(keys)
+            if self.remeasure or not measuring.answers(self.store.read(identify(key)), wanted[i])
+        ]  # fmt: skip
         if not missing:
             self.reporter.done(f"{name}: present")
             return True

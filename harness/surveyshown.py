@@ -14,7 +14,7 @@ from harness.surveyboard import Line, SurveyTable
 FOOTER = """
 **Surveys.** Untrained networks on random images: how fast a method is does not depend on what it has learned, as long as it keeps as
 much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are as above. *MB*: peak
-memory of weights and one forward. *J/image*: energy of the whole GPU, idle power included. *of products*, *of copies*: the share of
+memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of products*, *of copies*: the share of
 the device's own measured speed at large matrix products and copies that the line reaches by the multiply-adds it executes
 and by reading its weights once.
 """
@@ -78,9 +78,9 @@ def _line(line: Line, with_energy: bool, with_limits: bool) -> list[str]:
     cells += [
         f"{speed.milliseconds:.2f}{marks(speed, timing)}",
         f"{line.images_per_second:.1f}",
-        f"{speed.speed_up:.2f}x",
+        f"{speed.speed_up:.2f}x ± {speed.half_width:.2f}",
     ]
-    cells += [f"{speed.realised:.2f}", f"{speed.peak_bytes / 1e6:.1f}"]
+    cells += [f"{speed.realised:.2f}", f"{speed.peak_bytes / 1e6:.1f}" if speed.peak_bytes else "n/a"]
     if with_energy:
         cells.append("n/a" if speed.joules is None else f"{speed.joules:.3g}")
     if with_limits:

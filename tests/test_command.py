@@ -131,7 +131,7 @@ def test_help_is_quick():
 def test_list_names_everything():
     done = bench("list")
     assert done.returncode == 0
-    for word in ("dynamicvit", "random", "quick", "imagenet-deit-small", "fashion-mnist-12k"):
+    for word in ("dynamicvit", "random", "quick", "imagenet-deit-small", "gpu-latency", "fashion-mnist-12k"):
         assert word in done.stdout
 
 
@@ -157,7 +157,13 @@ def test_cost_as_json():
         "macs_executed",
         "params",
         "params_nonzero",
+        "macs_spread",
+        "macs_images",
+        "parts",
+        "blocks",
+        "convention",
     ]
+    assert sum(dense["parts"]["executed"].values()) == 4598882304
     assert dense["macs_dense"] == dense["macs_executed"] == 4598882304
     assert sparse["macs_theoretical"] == sparse["macs_executed"] == 2980897728
 
@@ -189,6 +195,7 @@ WRONG = {
         "dynamicvit: unknown setting 'keep'",
     ),
     "missing spec": (["--spec", "nothing.yaml"], "spec nothing.yaml: no such file"),
+    "a survey": (["--spec", "gpu-latency"], "is a survey; say bench.py latency --spec gpu-latency"),
     "unknown key": (["--set", "budget.epoch=1"], "did you mean 'epochs'"),
     "missing data": (
         ["--data-root", "/nothing", "--set", "data.card=image-folder"],

@@ -56,7 +56,7 @@ def measure_record(train, batch=8, speed_up=1.5, device="CPU X"):
     }
     dense = {"p50_ms": 10.0, "warm": True, "noise": 1.1, "peak_bytes": 1000, "operations": 100}
     deployed = dense | {"p50_ms": 10.0 / speed_up, "operations": 150}
-    latency = {"batch": batch, "speed_up": speed_up, "deployed": deployed, "dense": dense}
+    latency = {"batch": batch, "speed_up": speed_up, "speed_up_interval": [speed_up - 0.1, speed_up + 0.1], "deployed": deployed, "dense": dense}
     return key | {"id": identify(key), "kind": "measure", "latency": latency}
 
 

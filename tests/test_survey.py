@@ -51,7 +51,7 @@ def test_masked_is_not_skipped_and_the_row_says_so(finished):
     masked = next(record["survey"] for record in records(results) if record.get("label") == "masked")
     assert masked["macs_executed"] == masked["macs_dense"]
     assert masked["macs_theoretical"] < 0.8 * masked["macs_dense"]
-    line = "masked: executes as many multiply-adds as dense"
+    line = "masked: executes as many multiply-adds as dense, overhead aside"
     assert line in done.stdout
     assert "masked, not skipped" in (results / "leaderboard.md").read_text()
     assert "dynamicvit: executes" not in done.stdout
@@ -145,6 +145,7 @@ WRONG = {
     "bad batch": (["--batch-sizes", "a"], "--batch-sizes"),
     "bad time": (["--time-budget", "soon"], "must be a time like 90s, 25m or 1h"),
     "unknown method": (["--methods", "nothing"], "unknown method 'nothing'"),
+    "a benchmark": (["--spec", "quick"], "has no cases, so it is a benchmark; say bench.py --spec quick"),
     "no such survey": (["--spec", "nothing.yaml"], "nothing.yaml: no such file"),
     "other backbone than the survey's": (["--spec", "gpu-latency", "--backbone", "x"], "unknown case 'x'"),
 }

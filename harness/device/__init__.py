@@ -66,7 +66,7 @@ def find(device: str) -> torch.device:
         raise UserError(f"device {device!r}: only cpu and cuda are supported")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
+    return found if found.type == "cpu" else torch.device("cuda", found.index or 0)
 
 
 def _has_amx() -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-MOST_COPIES = 256
+MOST_COPIES = 4096
 CACHES = 2  # rotated inputs fill the last-level cache that many times
 
 
@@ -79,6 +79,7 @@ def record_graph(device: torch.device, model: Callable[[Tensor], Tensor], images
         graph.replay()
         return output
 
+    replay.model = model  # the graph reads its weights: they must live as long
     return replay
 
 
@@ -136,7 +137,8 @@ def peak_of(device: torch.device, call: Callable[[], object]) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller batch might help."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in words)
 
 
 def release(device: torch.device) -> None:

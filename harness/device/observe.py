@@ -73,12 +73,19 @@ class _Copies(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         target = (kwargs or {}).get("device", args[1] if len(args) > 1 else None)
-        to_host = name == "cpu" or (name == "to" and str(target) == "cpu")
+        # "cpu" in words is meant as the host; a device object may just be where the tensor is already
+        to_host = name == "cpu" or (
+            name == "to" and (target == "cpu" if isinstance(target, str) else _leaves_gpu(args[0], target))
+        )
         if to_host or (name in ("tolist", "numpy") and not any(x is args[0] for x in self._on_host)):
             self.waits.append(name)
         if to_host:
             self._on_host.append(result)
         return result
+
+
+def _leaves_gpu(tensor: Tensor, target: Any) -> bool:
+    return isinstance(target, torch.device) and target.type == "cpu" and tensor.device.type != "cpu"
 
 
 def _size_depends_on_values(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -25,19 +25,23 @@ CGROUP = (Path("/sys/fs/cgroup/cpu.stat"), Path("/sys/fs/cgroup/cpu/cpu.stat"))
 
 
 class Watch:
-    """A context around a measurement; afterwards `conditions` says how the machine was during it."""
+    """A context around a measurement; afterwards `conditions` says how the machine was during it. others_cores: how many cores
+    other processes kept busy."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.conditions = device, dict[str, Any]()
 
     def __enter__(self) -> Watch:
-        self._before = _counters()
+        self._before, self._own, self._started = _counters(), time.process_time(), time.perf_counter()
         self.conditions["load_before"] = _load()
         return self
 
     def __exit__(self, *_: object) -> None:
         after = _counters()
         changed = {key: round(after[key] - value, 3) for key, value in self._before.items() if key in after}
+        busy, own = changed.pop("busy_seconds", None), time.process_time() - self._own
+        if busy is not None:
+            changed["others_cores"] = round(max(busy - own, 0.0) / (time.perf_counter() - self._started), 3)
         self.conditions |= {
             "load_after": _load(),
             "threads": torch.get_num_threads(),
@@ -55,7 +59,7 @@ def _load() -> float | None:
 
 
 def _counters() -> dict[str, float]:
-    """Seconds since some start: throttled by the container's quota, and stolen by the hypervisor."""
+    """Seconds since some start: throttled by the container's quota, stolen by the hypervisor, and busy with anything."""
     found = {}
     for path in CGROUP:
         fields = dict(line.split(maxsplit=1) for line in (_text(path) or "").splitlines() if " " in line)
@@ -64,7 +68,9 @@ def _counters() -> dict[str, float]:
                 found["throttled_seconds"] = int(fields[name]) / unit
     first = (_text(Path("/proc/stat")) or "").split("\n")[0].split()
     if len(first) > 8 and first[0] == "cpu":
-        found["stolen_seconds"] = int(first[8]) / os.sysconf("SC_CLK_TCK")
+        ticks = os.sysconf("SC_CLK_TCK")
+        found["stolen_seconds"] = int(first[8]) / ticks
+        found["busy_seconds"] = sum(int(first[i]) for i in (1, 2, 3, 6, 7)) / ticks
     return found
 
 
@@ -90,7 +96,7 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
     }
     state = {}
     for name, question in ask.items():
-        with contextlib.suppress(nvml.NVMLError):
+        with contextlib.suppress(nvml.NVMLError, AttributeError):  # not every GPU and version tells everything
             state[name] = question()
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -90,7 +91,7 @@ def load_plugin(path: str | Path) -> list[str]:
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"plug-in {path}: no such file")
-    module_name = f"_plugin_{path.stem}_{abs(hash(str(path))):x}"
+    module_name = f"_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     if path in _plug_ins:
         return _plug_ins[path]
     spec = importlib.util.spec_from_file_location(module_name, path)
