@@ -101,7 +101,8 @@ class Contender:
 @torch.inference_mode()
 def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
     """Times both on images [B, 3, H, W]: a row for each, and the median of the rounds' ratios (dense over deployed) with an
-    interval for it (95 % for a fixed number of rounds; stopping once it is narrow costs some of that). {"unavailable": reason} where the conditions cannot be."""
+    interval for it (95 % for a fixed number of rounds; stopping once it is narrow costs some of that). {"unavailable": reason}
+    where the conditions cannot be."""
     use(images.device)
     try:
         with precision(images.device, conditions.dtype), sensors.Watch(images.device) as watch:
@@ -194,7 +195,7 @@ def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return facts | {"peak_bytes": None, "operations": 0, "waits": 0}
+        return facts | {"peak_bytes": None, "operations": None, "waits": None}
     return facts | {"peak_bytes": peak, "operations": seen.operations, "waits": len(seen.waits)}
 
 

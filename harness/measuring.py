@@ -106,7 +106,7 @@ def measure(job: Job) -> Iterator[tuple[int, Row]]:
                     told = True
                     yield number, row
         except Exception as error:
-            if not is_built:
+            if not is_built or not left:
                 raise
             first = next(iter(left))
             if isinstance(error, workers.Died) and error.killed and left[first].batch > 1:

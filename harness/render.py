@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from harness import surveyshown
 from harness.leaderboard import Row, Table
 from harness.records import write_atomically
-from harness.speeds import NOISY, Timing, column_names, marks
+from harness.speeds import NOISY, Timing, absences, column_names, marks
 from harness.stats import MIN_SEEDS
 from harness.surveyboard import SurveyTable
 from harness.verdict import REALISED_LIMIT
@@ -68,15 +68,8 @@ def _section(table: Table) -> str:
 def _notes(table: Table) -> list[str]:
     """Under the table: why rows are slower than their formula, and why there are no numbers."""
     notes = [f"{row.label}: {row.verdict}" for row in table.rows if row.verdict]
-    names = column_names(table.timings)
-    missing: dict[tuple[str, str], list[str]] = {}
-    for row in table.rows:
-        for timing, speed in row.speeds.items():
-            if speed.unavailable:
-                missing.setdefault((names[timing], speed.unavailable), []).append(row.label)
-    for (column, reason), labels in missing.items():
-        who = "all rows" if len(labels) == len(table.rows) else ", ".join(labels)
-        notes.append(f"{column}, {who}: n/a, {reason}")
+    cells = [(row.label, timing, speed) for row in table.rows for timing, speed in row.speeds.items()]
+    notes += absences(cells, column_names(table.timings))
     return notes
 
 

@@ -59,6 +59,7 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
     both = [row[name] for row in measured for name in ("dense", "deployed")]
     deployed = [row["deployed"] for row in measured]
     speed_up = statistics.median(row["speed_up"] for row in measured)
+    operations = (measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"])
     joules = [row["joules_per_image"] for row in deployed if "joules_per_image" in row]
     return Speed(
         batch=min(row["batch"] for row in measured),
@@ -67,8 +68,22 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         noisy=any(row["noise"] > NOISY for row in both) or any(_was_disturbed(row) for row in measured), peak_bytes=max((row["peak_bytes"] for row in deployed if row["peak_bytes"]), default=None),
         half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,
-        operations=(measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"]),
+        operations=operations if None not in operations else None,
     )  # fmt: skip
+
+
+def absences(cells: Iterable[tuple[str, Timing, Speed]], names: Mapping[Timing, str]) -> list[str]:
+    """A line for every column and reason for which there are no numbers. cells: with their rows' labels."""
+    labels: dict[str, None] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
+    for label, timing, speed in cells:
+        labels[label] = None
+        if speed.unavailable:
+            missing.setdefault((names[timing], speed.unavailable), []).append(label)
+    return [
+        f"{column}, {'all rows' if set(own) == set(labels) else ', '.join(own)}: n/a, {reason}"
+        for (column, reason), own in missing.items()
+    ]
 
 
 def _was_disturbed(row: dict[str, Any]) -> bool:

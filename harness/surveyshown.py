@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from harness.speeds import marks
+from harness.speeds import absences, marks
 from harness.surveyboard import Line, SurveyTable
 
 FOOTER = """
@@ -47,14 +47,8 @@ def _conditions(table: SurveyTable) -> str:
 def notes(table: SurveyTable) -> list[str]:
     """Why rows are slower than their formula, and why there are no numbers."""
     found = [f"{label}: {line}" for label, line in table.verdicts.items()]
-    missing: dict[tuple[str, str], list[str]] = {}
-    for line in table.lines:
-        if line.speed.unavailable:
-            missing.setdefault((table.names[line.timing], line.speed.unavailable), []).append(line.label)
-    labels = {line.label for line in table.lines}
-    for (where, reason), own in missing.items():
-        found.append(f"{where}, {'all rows' if set(own) == labels else ', '.join(own)}: n/a, {reason}")
-    return found
+    cells = [(line.label, line.timing, line.speed) for line in table.lines]
+    return found + absences(cells, table.names)
 
 
 def _cells(table: SurveyTable) -> list[list[str]]:
