@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import methods
 from harness import cost, latency, models, spec, workers
+from harness.device import allocator
 from harness.device.execution import is_out_of_memory, release
 from harness.latency import Conditions
 
@@ -122,6 +123,7 @@ def measure(job: Job) -> Iterator[tuple[int, Row]]:
 
 def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
     warnings.filterwarnings("ignore")
+    allocator.keep_memory()  # before anything large is allocated: what is mapped by then stays mapped
     if job.threads:
         torch.set_num_threads(job.threads)
     sample = _images(job, max(job.count, CALIBRATED), seed=1)

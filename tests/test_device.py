@@ -1,11 +1,15 @@
 """The device layer on the CPU, and its GPU parts against a pretended NVML."""
 
+import os
+import platform
+import resource
 import types
 
 import pytest
 import torch
 
-from harness.device import execution, find, sensors
+from harness import workers
+from harness.device import allocator, execution, find, sensors
 from harness.device.observe import Observer
 from harness.errors import UserError
 
@@ -109,6 +113,7 @@ def test_the_machines_conditions_are_recorded(monkeypatch, tmp_path):
     assert watch.conditions["throttled_seconds"] == 2.5
     assert watch.conditions["governor"] == "performance"
     assert watch.conditions["threads"] == torch.get_num_threads()
+    assert watch.conditions["allocator"] == allocator.described()
     assert "gpu" not in watch.conditions
 
 
@@ -171,3 +176,23 @@ def test_precision_is_restored():
 def test_a_device_that_is_not_there(name):
     with pytest.raises(UserError, match=name):
         find(name)
+
+
+def page_faults(keep):
+    """How many pages 20 calls that need 16 MB each fault in, after two that do not count; and what the record says."""
+    if keep:
+        allocator.keep_memory()
+    images = torch.ones(2**22)
+    for call in range(22):
+        if call == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        images + 1
+    yield resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, allocator.described()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="another allocator")
+def test_a_process_that_keeps_its_memory_does_not_fault_it_in_again():
+    ((kept, how),) = workers.results_of(page_faults, True)
+    ((returned, default),) = workers.results_of(page_faults, False)
+    assert kept < 100 < returned
+    assert (how, default) == ("kept", "default")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness import render, stats
+from harness import records, render, stats
 from harness.errors import UserError
 from harness.leaderboard import tables
 from harness.packing import pack, unpack
@@ -52,11 +52,17 @@ def measure_record(train, batch=8, speed_up=1.5, device="CPU X"):
         "dtype": "float32",
         "mode": "eager",
         "batch": batch,
-        "measure_revision": 2,
+        "measure_revision": records.MEASURE_REVISION,
     }
     dense = {"p50_ms": 10.0, "warm": True, "noise": 1.1, "peak_bytes": 1000, "operations": 100}
     deployed = dense | {"p50_ms": 10.0 / speed_up, "operations": 150}
-    latency = {"batch": batch, "speed_up": speed_up, "speed_up_interval": [speed_up - 0.1, speed_up + 0.1], "deployed": deployed, "dense": dense}
+    latency = {
+        "batch": batch,
+        "speed_up": speed_up,
+        "speed_up_interval": [speed_up - 0.1, speed_up + 0.1],
+        "deployed": deployed,
+        "dense": dense,
+    }
     return key | {"id": identify(key), "kind": "measure", "latency": latency}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from harness.device import allocator
 from harness.device.execution import synchronize
 
 ENERGY_SECONDS = 5.0  # a window shorter than this is mostly the counter's own resolution
@@ -46,6 +47,7 @@ class Watch:
             "load_after": _load(),
             "threads": torch.get_num_threads(),
             "governor": _text(GOVERNOR),
+            "allocator": allocator.described(),
         } | changed
 
     def look(self) -> None:
