@@ -179,10 +179,10 @@ def test_a_device_that_is_not_there(name):
 
 
 def page_faults(keep):
-    """How many pages 20 calls that need 16 MB each fault in, after two that do not count; and what the record says."""
+    """How many pages 20 calls that need 64 MB each fault in, after two that do not count; and what the record says."""
     if keep:
         allocator.keep_memory()
-    images = torch.ones(2**22)
+    images = torch.ones(2**24)  # more than the 32 MB from which glibc always returns a block
     for call in range(22):
         if call == 2:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
