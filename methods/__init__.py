@@ -19,6 +19,7 @@ from methods.core.contract import (
     TransformPhase,
     Unsupported,
 )
+from methods.core.pooled import Pooled
 from methods.core.registry import BASELINE, REFERENCE, available, create, describe, find, load_plugin, register
 from methods.core.report import BlockReport, Overhead, Report
 
@@ -30,6 +31,7 @@ __all__ = [
     "Group",
     "Method",
     "Overhead",
+    "Pooled",
     "Report",
     "Settings",
     "TrainPhase",

@@ -44,14 +44,21 @@ class TrainPhase:
     """A stage of gradient training.
 
     objective: a module that holds the sparse model (and the frozen teacher) and maps (images [B, 3, H, W], targets [B]
-        or [B, classes], noise) to named loss terms, weighted so that their sum is the loss. All randomness comes from
-        `noise` (see `methods.core.noise`) or from torch's global generator, which the harness seeds at every step.
+        or [B, classes], noise) to named loss terms, weighted so that their sum is the loss. A term is a tensor, the mean
+        over these images, or a `Pooled` (see `methods.core.pooled`): a step's images may come in several micro-batches
+        and be shared out among processes. All randomness comes from `noise` (see `methods.core.noise`) or from torch's
+        global generator, which the harness seeds at every step. A forward changes no state; the hooks do.
     share: part of the method's budget that the phase may spend; the shares of all phases sum to 1.
     groups: what is trained and how fast; None: every parameter that requires a gradient, at scale 1. A parameter in no
         group is never updated.
-    before_step, after_step: called with (step, steps), steps counted in this phase from 0.
+    before_step, after_step: called with (step, steps), steps counted in this phase from 0. After the step the gradients
+        are still there, the same on all processes. A step whose loss was not finite is skipped, after_step with it.
     state: anything with state_dict / load_state_dict that must survive an interruption besides the objective.
-    artifact: a key under which other cells may reuse what this phase made (they are still charged its cost).
+    divisible: False where a loss needs all images of a step at once and no `Pooled` can express it: then a lack of memory
+        is an error instead of a reason for smaller micro-batches, and several processes are refused.
+    artifact: a key under which other cells may reuse what this phase made (they are still charged its cost). It names
+        every setting that matters for it; data, backbone, recipe, budget, seed and dense weights are added by the harness.
+        All phases before it need one, too.
     """
 
     name: str
@@ -61,6 +68,7 @@ class TrainPhase:
     before_step: Callable[[int, int], None] | None = None
     after_step: Callable[[int, int], None] | None = None
     state: Any = None
+    divisible: bool = True
     artifact: str | None = None
     kind: ClassVar[str] = "train"
 
@@ -69,26 +77,34 @@ class TrainPhase:
 class CollectPhase:
     """A pass over training images without gradients that gathers statistics.
 
-    module: maps (images [B, 3, H, W], targets [B]) to anything; what it gathers is its own business. The images are
-        the training set's, not augmented, in order. finish is called once at the end. share as in TrainPhase: the
-        number of images is that share of the budget, at most one pass over the data.
+    module: maps (images [B, 3, H, W], targets [B]) to anything; what it gathers it keeps in its buffers, so that it
+        survives an interruption (or in `state`). The images are the training set's, not augmented, in order. finish is
+        called once at the end. share as in TrainPhase: the number of images is that share of the budget, at most one pass
+        over the data. state and artifact as in TrainPhase.
+    divided: whether several processes share the images out; `finish` must then add up what they gathered, with
+        `methods.core.pooled.total`. Otherwise every process sees all of them.
     """
 
     name: str
     module: nn.Module
     finish: Callable[[], None] | None = None
     share: float = 0.0
+    divided: bool = False
+    state: Any = None
     artifact: str | None = None
     kind: ClassVar[str] = "collect"
 
 
 @dataclass(kw_only=True)
 class TransformPhase:
-    """A change of the model in place, without data (shapes of parameters and buffers stay)."""
+    """A change of the model in place, without data (shapes of parameters and buffers stay). What it decides it writes into
+    buffers or `state`: a run that goes on after it does not apply it again."""
 
     name: str
     apply: Callable[[], None]
     share: float = 0.0
+    state: Any = None
+    artifact: str | None = None
     kind: ClassVar[str] = "transform"
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from methods.core.noise import Noise
 from methods.core.objective import Frozen, logits_divergence
+from methods.core.pooled import Pooled, Term
 from methods.dynamicvit.model import DynamicViT
 
 
@@ -16,12 +17,14 @@ def ratio_loss(decisions: list[Tensor], keep_rate: float) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def token_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared distance of the kept tokens' features, over tokens and channels (the paper's eq. 15 does not divide
-    by the channels, the code does). Features [B, N, C], mask [B, N]; 0 where nothing is kept."""
-    kept = (mask.detach() > 0.5).to(student.dtype)
+def token_loss(student: Tensor, teacher: Tensor, mask: Tensor, weight: float = 1.0) -> Pooled:
+    """`weight` times the mean squared distance of the kept tokens' features, over the kept tokens of all images and over
+    channels (the paper's eq. 15 does not divide by the channels, the code does). Features [B, N, C], mask [B, N]; 0 where
+    nothing is kept."""
+    kept = (mask.detach() > 0.5).float()
     per_token = (student - teacher).float().pow(2).mean(dim=-1)
-    return (per_token * kept).sum() / kept.sum().clamp(min=1.0)
+    sums = torch.stack([(per_token * kept).sum(), kept.sum()])
+    return Pooled(sums, lambda sums: weight * (sums[0] / sums[1].clamp(min=1.0)))
 
 
 class PruningObjective(nn.Module):
@@ -46,7 +49,7 @@ class PruningObjective(nn.Module):
         self.keep_rate, self.ratio_weight = keep_rate, ratio_weight
         self.distill_weight, self.token_weight = distill_weight, token_weight
 
-    def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Term]:
         out = self.model.forward_train(images, noise)
         terms = {"classification": self.criterion(out.logits.float(), targets)}
         if self.ratio_weight:
@@ -57,5 +60,5 @@ class PruningObjective(nn.Module):
                 logits = self.teacher.model.forward_head(features)
             patches = features[:, self.model.num_prefix_tokens :]
             terms["distillation"] = self.distill_weight * logits_divergence(out.logits, logits)
-            terms["token"] = self.token_weight * token_loss(out.features, patches, out.decisions[-1])
+            terms["token"] = token_loss(out.features, patches, out.decisions[-1], self.token_weight)
         return terms
