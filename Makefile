@@ -35,4 +35,4 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) results/checkpoints results/quick
+	rm -rf $(VENV) results/checkpoints results/logs results/quick

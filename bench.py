@@ -92,20 +92,26 @@ def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -
     from harness.progress import Reporter
     from harness.records import Store
 
-    with Reporter() as reporter:
-        try:
-            chosen.cells()  # wrong settings are told before the data is read
-            from harness.data.dataset import open_data
-            from harness.runner import Runner
+    chosen.cells()  # wrong settings are told before torch is imported and data is read
+    try:
+        from harness import cluster
+        from harness.data.dataset import open_data
+        from harness.runner import Runner
 
+        processes, device = cluster.join(chosen.spec.device)
+        with Reporter(quiet=not processes.is_first) as reporter:
             reporter.say(f"data: {chosen.spec.data.card}")
-            data = open_data(chosen.spec.data, chosen.folder, data_root, chosen.spec.recipe.crop)
-            failed = Runner(chosen, data, Store(results, chosen.name), reporter, **again).execute()
-        except KeyboardInterrupt:
-            again_note = " (without --fresh and --remeasure)" if any(again.values()) else ""
-            reporter.done(f"stopped; finished cells are kept, and the same command{again_note} goes on with the rest")
-            return 130
-    _write_leaderboard(results, only=chosen.name, must_have=False)
+            crop = chosen.spec.recipe.crop
+            data = processes.in_turn(lambda: open_data(chosen.spec.data, chosen.folder, data_root, crop))
+            store = Store(results, chosen.name)
+            failed = Runner(chosen, data, store, reporter, **again, cluster=processes, device=device).execute()
+    except KeyboardInterrupt:
+        again_note = " (without --fresh and --remeasure)" if any(again.values()) else ""
+        typer.echo(f"stopped; what was done is kept, and the same command{again_note} goes on with the rest")
+        return 130
+    if processes.is_first:
+        _write_leaderboard(results, only=chosen.name, must_have=False)
+    cluster.leave()
     return 1 if failed else 0
 
 

@@ -24,6 +24,7 @@ class Cell:
     label: str
     method: methods.Method = field(repr=False)
     seed: int
+    phases: dict[str, str] = field(default_factory=dict)  # files that phases' results are taken from
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -41,17 +42,27 @@ class Run:
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed, the dense baseline and dense+ first. UserError for wrong settings."""
-        rows: list[tuple[str, methods.Method]] = []
+        rows: list[tuple[str, methods.Method, dict[str, str]]] = []
         for entry in (*baseline_entries(), *self.entries):
             for label, method in expand(entry):
-                if any(method.name == m.name and method.settings == m.settings for _, m in rows):
+                if any(method.name == m.name and method.settings == m.settings for _, m, _ in rows):
                     continue
-                if any(label == other for other, _ in rows):
+                if any(label == other for other, _, _ in rows):
                     raise UserError(
                         f"{self.name}: two rows are called {label!r}; give one of the entries another label"
                     )
-                rows.append((label, method))
-        return [Cell(label, method, seed) for seed in self.spec.seeds for label, method in rows]
+                rows.append((label, method, self._given(entry)))
+        return [Cell(label, method, seed, phases) for seed in self.spec.seeds for label, method, phases in rows]
+
+    def _given(self, entry: Entry) -> dict[str, str]:
+        """The entry's files for phases, relative ones from the spec's folder."""
+        paths = {
+            phase: Path(file) if Path(file).exists() else self.folder / file for phase, file in entry.phases.items()
+        }
+        gone = next((phase for phase, path in paths.items() if not path.is_file()), None)
+        if gone is not None:
+            raise UserError(f"{entry.method}: phases.{gone} {entry.phases[gone]}: no such file")
+        return {phase: str(path) for phase, path in paths.items()}
 
 
 def baseline_entries() -> tuple[Entry, Entry]:

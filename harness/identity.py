@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import hashlib
+from functools import cache, cached_property
 from typing import Any
 
 import methods
@@ -57,9 +58,20 @@ class Identity:
         content = self._setting | self.method_of(cell) | {
             "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
         }  # fmt: skip
+        if cell.phases:
+            content |= {"phases": {phase: _file_digest(file) for phase, file in sorted(cell.phases.items())}}
         if self.needs_dense(cell):
             content |= {"dense": self.weights_id(self.dense_cell(cell)), "teacher": self.has_teacher(cell)}
         return identify(content)
+
+    def artifact_context(self, cell: Cell) -> dict[str, Any]:
+        """What decides the result of a phase besides the method's own key for it."""
+        recipe, epochs = self.training_of(cell)
+        dense = self.weights_id(self.dense_cell(cell)) if self.needs_dense(cell) else None
+        return self._setting | {
+            "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
+            "dense": dense, "teacher": self.has_teacher(cell), "method": cell.method.name, "revision": cell.method.revision,
+        }  # fmt: skip
 
     def method_of(self, cell: Cell) -> dict[str, Any]:
         """The part of an id, and of a record, that says which method it is."""
@@ -90,3 +102,9 @@ class Identity:
         if cell.method.start == "dense":
             return self.spec.adapt_recipe, budget.adapt_epochs
         return self.spec.recipe, budget.epochs + (0.0 if self.is_dense(cell) else budget.adapt_epochs)
+
+
+@cache
+def _file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

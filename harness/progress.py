@@ -10,16 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from harness.train import Progress
+    from harness.training.engine import Progress
 
 PLAIN_SECONDS = 15.0  # between two lines about the same phase where there is no terminal
 
 
 class Reporter:
-    """Use as a context manager around a run."""
+    """Use as a context manager around a run. quiet: says nothing, as all processes but the first."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.bars: Bars | None = None
         self._task: TaskID | None = None
         self._cell = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.spec import ROOT
 
-ENGINE_REVISION = 1  # raised whenever a change of the harness changes training results
+ENGINE_REVISION = 2  # raised whenever a change of the harness changes training results
 MEASURE_REVISION = 3  # raised whenever a change of the harness changes how latency is measured
 REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "train": ("label", "seed", "method", "settings", "revision", "weights_id", "context", "context_id", "top1", "top5", "correct",
@@ -56,8 +57,9 @@ def source_digest(cls: type) -> str | None:
         return None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is either whole or not there, whatever happens. UserError where it cannot be written."""
+def write_atomically(path: Path, *data: bytes | memoryview) -> None:
+    """Writes the pieces of data one after the other. The file is either whole or not there, whatever happens. UserError where it
+    cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
@@ -65,20 +67,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: tuple[bytes | memoryview, ...]) -> None:
     if path.is_dir():
         raise IsADirectoryError(None, "is a directory")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a renaming last through a loss of power, where the system has folders that can be synchronised."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,19 @@ class Store:
 
     def checkpoint(self, train_id: str) -> Path:
         return self.results / "checkpoints" / f"{train_id}.pt"
+
+    def snapshots(self, weights_id: str) -> Path:
+        """Folder with the states of a training that is under way."""
+        return self.results / "checkpoints" / weights_id
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder with what phases made for several cells."""
+        return self.results / "checkpoints" / "artifacts"
+
+    def log(self, weights_id: str) -> Path:
+        """The log of a training."""
+        return self.results / "logs" / f"{weights_id}.jsonl"
 
     def read(self, record_id: str) -> dict[str, Any] | None:
         """The record of that id, or None."""

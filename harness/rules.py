@@ -18,9 +18,11 @@ from harness.data.dataset import ImageData
 from harness.data.sources import Arrays
 from harness.device.observe import Observer
 from harness.spec import Recipe
-from harness.train import make_criterion, run_phases
+from harness.training.engine import Training, run_phases
+from harness.training.optimizers import make_criterion
 from methods import Method, TrainPhase
 from methods.core.noise import Noise
+from methods.core.pooled import value_of
 
 SIZE, CLASSES, IMAGES = 24, 7, 32
 STEPS = 6
@@ -74,9 +76,7 @@ class Subject:
 
     def train(self) -> nn.Module:
         sparse = self.sparse()
-        run_phases(
-            self.phases(sparse), STEPS, RECIPE, random_data(), device.plan("cpu", "float32"), 0, lambda progress: None
-        )
+        run_phases(sparse, self.phases(sparse), training())
         return sparse.eval()
 
     @cached_property
@@ -148,7 +148,7 @@ def gradients_reach_what_is_trained(subject: Subject) -> None:
                 isinstance(terms, dict) and len(terms) > 0,
                 f"phase {phase.name}: the objective must return named loss terms",
             )
-            sum(terms.values()).backward()
+            sum(map(value_of, terms.values())).backward()
             reached |= {id(p) for p in groups if p.grad is not None and bool(p.grad.any())}
         lost = [
             names.get(id(p), "a parameter that the objective does not hold") for p in groups if id(p) not in reached
@@ -301,6 +301,11 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
+
+
+def training(**changes: Any) -> Training:
+    """A few steps on random images."""
+    return Training(RECIPE, random_data(), device.plan("cpu", "float32"), seed=0, steps=STEPS, **changes)
 
 
 def random_data() -> ImageData:

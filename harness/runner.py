@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import tempfile
 import traceback
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import list_optimizers
 from torch import nn
 
 import methods
 from harness import cost, measuring, models, workers
 from harness import device as devices
 from harness.cells import Cell, Run
+from harness.cluster import ALONE, Cluster, is_agreed
 from harness.data.dataset import ImageData
 from harness.device import execution
 from harness.errors import UserError
-from harness.evaluate import evaluate
+from harness.evaluate import Evaluation, evaluate
 from harness.identity import Identity
+from harness.latency import Conditions
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import MEASURE_REVISION, RETRIED, Store, identify, provenance, source_digest, write_atomically
-from harness.train import Diverged, budget_steps, make_criterion, run_phases
-from methods.core.registry import loaded_plugins, unknown
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A cell's model in the form that trains, in eval mode, and the log of its phases."""
-
-    sparse: nn.Module
-    phases: list[dict[str, Any]]
-
-
-class DenseFailed(RuntimeError):
-    """The dense network that a cell starts from could not be trained."""
+from harness.records import MEASURE_REVISION, RETRIED, Store, identify, provenance, source_digest
+from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
+from harness.training.journal import require_tensorboard
+from harness.training.optimizers import check_recipe
+from harness.training.stepper import Diverged
+from methods.core.registry import loaded_plugins
 
 
 class Runner:
@@ -54,17 +43,20 @@ class Runner:
         fresh: bool = False,
         retry: bool = False,
         remeasure: bool = False,
+        cluster: Cluster = ALONE,
+        device: str | None = None,
     ) -> None:
+        """device: of this process, where it is not the spec's."""
         self.run, self.spec, self.data, self.store, self.reporter = run, run.spec, data, store, reporter
-        self.fresh, self.retry, self.remeasure = fresh, retry, remeasure
-        self.plan = devices.plan(self.spec.device, self.spec.dtype)
+        self.fresh, self.retry, self.remeasure, self.cluster = fresh, retry, remeasure, cluster
+        self.plan = devices.plan(device or self.spec.device, self.spec.dtype, self.spec.compile)
         self.identity = Identity(run, data, self.plan)
-        self.trained: dict[str, Trained] = {}
+        self.trainer = Trainer(self.identity, data, self.plan, store, reporter, cluster, fresh)
         self.scratch = tempfile.TemporaryDirectory(prefix="sparse-vit-bench-")
 
     def execute(self) -> int:
         """Cell by cell; a failed one does not stop the others. UserError where no cell could work."""
-        self.store.prepare()
+        self.cluster.share(self.store.prepare)
         self._check_what_all_need()
         cells, failed = self.run.cells(), 0
         with self.scratch:
@@ -73,14 +65,15 @@ class Runner:
                 try:
                     failed += not self._do(cell, name)
                 finally:
-                    self._forget_others(cell)
+                    self.trainer.forget_others(cell)
         return failed
 
     def _check_what_all_need(self) -> None:
         for key, recipe in (("recipe", self.spec.recipe), ("adapt", self.spec.adapt_recipe)):
-            if recipe.optimizer not in list_optimizers():
-                raise UserError(f"{key}: {unknown('optimizer', recipe.optimizer, list_optimizers())}")
-        vit = self._build(0, 0.0)
+            check_recipe(recipe, key)
+        if self.spec.train.tensorboard:
+            require_tensorboard()
+        vit = self.trainer.build(0, 0.0)
         models.require_countable(vit, self.spec.backbone.name)
         _ = self.identity.context  # given dense weights are read here
 
@@ -88,128 +81,101 @@ class Runner:
         """Brings one cell's records up to date; False where it failed."""
         record_id = self.identity.record_id(cell)
         try:
-            if self.fresh or self.retry:
-                self.store.forget_failures(record_id)
-            earlier = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
-            if earlier:
-                self.reporter.done(
-                    f"{name}: failed before ({earlier[-1]['reason']}: {earlier[-1]['message']}); --retry tries it again"
-                )
+            earlier = self.cluster.share(lambda: self._failed_before(record_id))
+            if earlier is not None:
+                self.reporter.done(f"{name}: failed before ({earlier}); --retry tries it again")
                 return False
-            record = None if self.fresh else self.store.read(record_id)
+            record = self.cluster.share(lambda: self._present(cell, record_id))
             present = record is not None
-            if present and record["label"] != cell.label:  # a row may be renamed; what was measured stays
-                record["label"] = cell.label
-                self.store.write(record)
             record = record or self._train_record(cell, record_id, name)
             measured = self._measure(cell, record, name)
         except (UserError, DenseFailed) as error:  # nothing that trying again later would change by itself: no attempt
+            self._only_if_agreed(error)
             self.reporter.done(f"{name}: FAILED ({error})")
             return False
         except Exception as error:
             reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
-            trace = traceback.format_exc().splitlines()[-12:]
-            path = self.store.fail(
-                record_id,
-                reason,
-                message,
-                label=cell.label,
-                seed=cell.seed,
-                traceback=trace,
-                **self.identity.method_of(cell),
-            )
-            self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
+            if self.cluster.is_first:
+                path = self._keep_failure(cell, record_id, reason, message)
+                self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
+            self._only_if_agreed(error)
             return False
-        self.store.forget_failures(record_id)
+        if self.cluster.is_first:
+            self.store.forget_failures(record_id)
         verb = "present" if present and not measured else "measured" if present else "done"
         self.reporter.done(f"{name}: {verb}, top-1 {record['top1']:.2%}")
         return True
 
+    def _only_if_agreed(self, error: Exception) -> None:
+        """Several processes go on after an error only together: where one has an error of its own, the others would wait for it."""
+        if self.cluster.size > 1 and not is_agreed(error):
+            raise error
+
+    def _failed_before(self, record_id: str) -> str | None:
+        """Why the cell failed in an earlier run, if there is no use in trying again."""
+        if self.fresh or self.retry:
+            self.store.forget_failures(record_id)
+        failures = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
+        return f"{failures[-1]['reason']}: {failures[-1]['message']}" if failures else None
+
+    def _present(self, cell: Cell, record_id: str) -> dict[str, Any] | None:
+        record = None if self.fresh else self.store.read(record_id)
+        if record is not None and record["label"] != cell.label:  # a row may be renamed; what was measured stays
+            record["label"] = cell.label
+            self.store.write(record)
+        return record
+
+    def _keep_failure(self, cell: Cell, record_id: str, reason: str, message: str) -> Path:
+        trace = traceback.format_exc().splitlines()[-12:]
+        return self.store.fail(
+            record_id,
+            reason,
+            message,
+            label=cell.label,
+            seed=cell.seed,
+            traceback=trace,
+            **self.identity.method_of(cell),
+        )
+
     def _train_record(self, cell: Cell, record_id: str, name: str) -> dict[str, Any]:
-        workers.start_server()  # it imports while this process trains
-        trained = self._weights(cell, name, self.fresh)
+        if self.cluster.is_first:
+            workers.start_server()  # it imports while this process trains
+        trained = self.trainer.weights(cell, name, self.fresh)
         self.reporter.begin(name, "evaluating")
         deployed = cell.method.deploy(trained.sparse)
-        test = evaluate(deployed, self.data, "test", self.plan)
-        val = evaluate(deployed, self.data, "val", self.plan) if len(self.data.val_ids) else None
+        results = {
+            "test": self._evaluate(deployed, "test"),
+            "val": self._evaluate(deployed, "val") if len(self.data.val_ids) else None,
+            "ema": self._evaluate(cell.method.deploy(trained.averaged), "test")
+            if trained.averaged is not None
+            else None,
+        }
+        return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results))
+
+    def _evaluate(self, model: nn.Module, which: str) -> Evaluation:
+        return evaluate(model, self.data, which, self.plan, cluster=self.cluster)
+
+    def _write_record(
+        self, cell: Cell, record_id: str, trained: Trained, deployed: nn.Module, results: dict[str, Evaluation | None]
+    ) -> dict[str, Any]:
         images = next(self.data.eval_batches(self._held_out, self.spec.measure.images, torch.device("cpu"))).images
-        vit = self._build(cell.seed, 0.0)
-        sparse, on_cpu = _to_cpu(trained.sparse), _to_cpu(deployed)
+        vit = self.trainer.build(cell.seed, 0.0)
+        sparse, on_cpu = to_cpu(trained.sparse), to_cpu(deployed)
+        test, val, averaged = results["test"], results["val"], results["ema"]
         record = {
             "id": record_id, "kind": "train", "weights_id": self.identity.weights_id(cell), "label": cell.label, "seed": cell.seed,
             **self.identity.method_of(cell), "context": self.identity.context, "context_id": identify(self.identity.context),
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
-            "val_top1": val.top1 if val else None, "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
+            "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
+            "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
             "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
+            "unreadable": [self.data.unreadable[number] for number in sorted(self.data.unreadable)],
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
-            "where": devices.where(self.plan.device), "code": provenance() | {"method": source_digest(type(cell.method))},
+            "where": devices.where(self.plan.device) | {"processes": self.cluster.size},
+            "code": provenance() | {"method": source_digest(type(cell.method))},
         }  # fmt: skip
         self.store.write(record)
         return record
-
-    def _weights(self, cell: Cell, name: str, fresh: bool = False) -> Trained:
-        """The cell's trained model: from memory, from its checkpoint, or by training it now."""
-        weights_id = self.identity.weights_id(cell)
-        path = self.store.checkpoint(weights_id)
-        if weights_id in self.trained and path.exists():
-            return self.trained[weights_id]
-        trained = self._load(cell, path) if path.exists() and not fresh else None
-        if trained is None:
-            trained = self._train(cell, name)
-            buffer = io.BytesIO()
-            torch.save({"model": trained.sparse.state_dict(), "phases": trained.phases}, buffer)
-            write_atomically(path, buffer.getvalue())
-        self.trained[weights_id] = trained
-        return trained
-
-    def _load(self, cell: Cell, path: Path) -> Trained | None:
-        """The model in a checkpoint; None where the file is damaged."""
-        sparse = self._sparse(cell)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            sparse.load_state_dict(content["model"])
-        except Exception as error:
-            self.reporter.say(f"checkpoint {path.name} cannot be used ({type(error).__name__}); training again")
-            return None
-        return Trained(sparse.to(self.plan.device).eval(), content["phases"])
-
-    def _train(self, cell: Cell, name: str) -> Trained:
-        recipe, epochs = self.identity.training_of(cell)
-        if self.identity.is_dense(cell) and self.spec.dense.weights:
-            return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
-        if self.identity.needs_dense(cell):
-            dense = self._dense(cell, name)
-        sparse = self._sparse(cell, dense if cell.method.start == "dense" else None)
-        teacher = _to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
-        self.reporter.begin(name, "training")
-        sparse = sparse.to(self.plan.device)
-        phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
-        steps = budget_steps(self.data, recipe, epochs, self.spec.budget.max_steps)
-        logs = run_phases(phases, steps, recipe, self.data, self.plan, cell.seed, self.reporter.watch)
-        return Trained(sparse.eval(), [asdict(log) for log in logs])
-
-    def _dense(self, cell: Cell, name: str) -> nn.Module:
-        """The trained dense network of the cell's seed."""
-        dense_cell = self.identity.dense_cell(cell)
-        failures = self.store.failures(self.identity.record_id(dense_cell))
-        if failures and self.store.read(self.identity.record_id(dense_cell)) is None:  # or only timing it failed
-            raise DenseFailed(f"the dense network that it starts from failed ({failures[-1]['message']})")
-        return self._weights(dense_cell, f"{name}, its dense network").sparse
-
-    def _sparse(self, cell: Cell, dense: nn.Module | None = None) -> nn.Module:
-        """The cell's model in the form that trains, with initial weights: a function of the seed."""
-        vit = self._build(cell.seed, self.identity.training_of(cell)[0].drop_path)
-        if dense is not None:
-            vit.load_state_dict(dense.state_dict())
-        elif self.identity.is_dense(cell) and self.spec.dense.weights:
-            models.load_weights(vit, self.spec.dense.weights, self.spec.backbone, self.run.folder)
-        torch.manual_seed(cell.seed + 1)
-        sparse = cell.method.sparsify(vit)
-        devices.set_attention(sparse, self.plan.fused_attention)
-        return sparse
-
-    def _build(self, seed: int, drop_path: float) -> nn.Module:
-        return models.build(self.spec.backbone, self.data.classes, self.data.image_size, seed, drop_path)
 
     def _measure(self, cell: Cell, record: dict[str, Any], name: str) -> bool:
         """Makes the measure records that are missing; True where there were any."""
@@ -223,13 +189,20 @@ class Runner:
             for conditions in wanted
         ]  # fmt: skip
         again = self.fresh or self.remeasure
-        missing = [
+        missing = self.cluster.share(lambda: [
             i for i, key in enumerate(keys)
             if again or not measuring.answers(self.store.read(identify(key)), wanted[i])
-        ]  # fmt: skip
+        ])  # fmt: skip
         if not missing:
             return False
-        self._weights(cell, name)  # the checkpoint is there afterwards
+        self.trainer.weights(cell, name)  # the checkpoint is there afterwards
+        self.cluster.share(lambda: self._measure_missing(cell, record, name, keys, wanted, missing))
+        return True
+
+    def _measure_missing(
+        self, cell: Cell, record: dict, name: str, keys: list[dict], wanted: list[Conditions], missing: list[int]
+    ) -> None:
+        device = self.plan.device
         execution.release(device)
         job = measuring.Job(
             self._subject(cell, record["weights_id"]), tuple(wanted[i] for i in missing), str(device),
@@ -244,7 +217,6 @@ class Runner:
                 "id": identify(key), "kind": "measure", **key, "images": "real", "label": cell.label, "latency": row,
                 "where": devices.where(device), "code": provenance(),
             })  # fmt: skip
-        return True
 
     def _subject(self, cell: Cell, weights_id: str) -> measuring.Subject:
         return measuring.Subject(
@@ -264,15 +236,6 @@ class Runner:
     def _held_out(self) -> str:
         """The split that costs are counted and timed on."""
         return "val" if len(self.data.val_ids) else "test"
-
-    def _forget_others(self, cell: Cell) -> None:
-        """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
-        dense = self.identity.weights_id(self.identity.dense_cell(cell))
-        self.trained = {key: value for key, value in self.trained.items() if key == dense}
-
-
-def _to_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().eval()
 
 
 def _summary(report: methods.Report) -> dict[str, Any]:

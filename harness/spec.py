@@ -30,11 +30,13 @@ MANAGED = {  # arguments of timm's constructors that other parts of a spec decid
 
 class Data(Strict):
     """card: a name in datasets/ or the path of a card. image_size: None takes the card's. workers: processes that decode
-    images that do not fit into memory."""
+    images that do not fit into memory. max_unreadable: so many damaged training images are replaced by others and named in
+    the log; with more the run fails."""
 
     card: str
     image_size: PositiveInt | None = None
     workers: Annotated[int, Field(ge=0)] = 2
+    max_unreadable: Annotated[int, Field(ge=0)] = 10
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +76,12 @@ class Budget(Strict):
 class Recipe(Strict):
     """How a network is trained. Names are timm's; the defaults are DeiT's, as DynamicViT uses them.
 
-    optimizer: any of timm's; lr is absolute. Cosine from lr to min_lr after a linear warm-up over warmup_epochs.
+    batch_size: images per step, over all processes. optimizer: any of timm's, fused_adamw (torch's) or fused_adam (NVIDIA
+        apex's); lr is absolute. Cosine from lr to min_lr after a linear warm-up over warmup_epochs.
+    norm: "fused_layer_norm" trains with NVIDIA apex's kernel.
+    ema: span of an exponential moving average of the weights, as a share of the phase's steps; its accuracy is an extra
+        number. DeiT's decay of 0.99996 over 300 epochs spans 1/15.
+    repeats: how often an epoch shows each of its images, differently augmented (DeiT: 3).
     crop: "resized" (random resized crop), "pad" (random crop after zero padding by crop_padding), or "none".
     """
 
@@ -85,6 +92,9 @@ class Recipe(Strict):
     warmup_epochs: NonNegative = 5.0
     weight_decay: NonNegative = 0.05
     clip_grad: Positive | None = None
+    norm: Literal["layer_norm", "fused_layer_norm"] = "layer_norm"
+    ema: Annotated[float, Field(gt=0, le=1)] | None = None
+    repeats: PositiveInt = 1
     label_smoothing: Share = 0.1
     drop_path: Share = 0.0
     crop: Literal["resized", "pad", "none"] = "resized"
@@ -105,13 +115,33 @@ class Recipe(Strict):
         return self
 
 
+class Training(Strict):
+    """What training does besides learning; none of it changes what comes out, but for rounding.
+
+    checkpoint_steps, checkpoint_minutes: how often the state is saved (None: not by that); keep: how many states stay.
+    micro_batch: images at once per process, None: all of its share; where memory runs out it is halved.
+    max_skipped: so many steps in a row may have a loss that is not a number and be skipped; with more the cell fails.
+    log_steps: steps between two lines of the log; None: a thousand lines per phase. tensorboard: write its files, too.
+    """
+
+    checkpoint_steps: PositiveInt | None = None
+    checkpoint_minutes: Positive | None = 10.0
+    keep: PositiveInt = 2
+    micro_batch: PositiveInt | None = None
+    max_skipped: Annotated[int, Field(ge=0)] = 5
+    log_steps: PositiveInt | None = None
+    tensorboard: bool = False
+
+
 class Entry(Strict):
     """A row: a method, its settings (a list that the setting itself does not take is a sweep), and the row's label, in
-    which {setting} stands for that setting's value."""
+    which {setting} stands for that setting's value. phases: files with what a phase of that name makes (an artifact or a
+    checkpoint of an earlier run), to start after it."""
 
     method: str
     settings: dict[str, Any] = {}
     label: str | None = None
+    phases: dict[str, str] = {}
 
 
 MeasuredDtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
@@ -137,7 +167,7 @@ class Measure(Conditions):
 
 
 class Spec(Strict):
-    """A benchmark."""
+    """A benchmark. adapt: what the recipe of the adaptation changes. compile: train with torch.compile, block by block."""
 
     title: str = ""
     plugins: list[str] = []
@@ -147,10 +177,12 @@ class Spec(Strict):
     budget: Budget = Budget()
     recipe: Recipe = Recipe()
     adapt: dict[str, Any] = {}
+    train: Training = Training()
     distill: Literal["own", "none", "all"] = "own"
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False
     entries: list[Entry] = []
     measure: Measure = Measure()
 

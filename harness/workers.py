@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import select
 import signal
 import threading
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.forkserver import ensure_running
 from typing import Any
 
+from harness.errors import portable
 from harness.spec import ROOT
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -90,7 +90,7 @@ def _serve(function: Callable[[Any], Iterator[Any]], argument: Any, results: Con
     except BrokenPipeError:  # nobody is listening any more
         return
     except Exception as error:
-        results.send(("error", _portable(error)))
+        results.send(("error", portable(error)))
 
 
 def _end_with_the_reader(pipe: int) -> None:
@@ -102,12 +102,3 @@ def _end_with_the_reader(pipe: int) -> None:
     )  # errors are all that a pipe's writing end reports when it is not asked to write
     waiting.poll()
     os._exit(1)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling, else one that says the same."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

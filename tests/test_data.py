@@ -75,7 +75,7 @@ def test_a_folder_tree_in_the_layout_of_imagenet(tree, card):
     assert (data.classes, len(data.train_ids), len(data.val_ids), len(data.test.labels)) == (2, 18, 6, 8)
     batch = next(data.eval_batches("test", 3, CPU))
     assert batch.images.shape == (3, 3, 24, 24)
-    assert [b.ids.tolist() for b in data.eval_batches("test", 3, CPU)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [b.keys.tolist() for b in data.eval_batches("test", 3, CPU)] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_classes_are_counted_where_the_card_does_not_say(tree, card):
@@ -106,7 +106,7 @@ def test_augmented_batches_do_not_depend_on_the_workers(tree, card, monkeypatch,
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.targets, other.targets)
-        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.keys, other.keys)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_epoch_has_every_image_once(tree, card):
     data, recipe = opened(card(), tree), Recipe(batch_size=6, crop="none", **PLAIN)
     steps = data.steps_per_epoch(6)
     for epoch in range(2):
-        ids = torch.cat([b.ids for b in data.train_batches(recipe, 0, epoch * steps, (epoch + 1) * steps, CPU)])
+        ids = torch.cat([b.keys for b in data.train_batches(recipe, 0, epoch * steps, (epoch + 1) * steps, CPU)])
         assert sorted(ids.tolist()) == data.train_ids.tolist()
 
 
@@ -257,10 +257,10 @@ def test_an_archive_is_not_taken_for_both_splits(tree, card, tmp_path):
         opened(card(), archive)
 
 
-def test_a_file_that_is_no_image_is_named(changed_tree, card):
-    (changed_tree / "train" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
+def test_a_damaged_test_image_is_an_error_that_names_it(changed_tree, card):
+    (changed_tree / "val" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"train split has a file that is no readable image.*broken\.jpg") as told:
+        with pytest.raises(UserError, match=r"test split has a file that is no readable image.*broken\.jpg") as told:
             opened(card(), changed_tree, workers=workers)
         assert "\n" not in str(told.value)
 
@@ -344,5 +344,5 @@ def test_every_image_and_every_epoch_has_dice_of_its_own(changed_tree, card, cha
     recipe = Recipe(batch_size=24, **changes, **({} if "mixup" in changes else {"mixup": 0, "cutmix": 0}))
     first, second = opened(card(), changed_tree).train_batches(recipe, 0, 0, 2, CPU)
     assert len({image.numpy().tobytes() for image in first.images}) > 12
-    order = [first.images[first.ids.argsort()], second.images[second.ids.argsort()]]
+    order = [first.images[first.keys.argsort()], second.images[second.keys.argsort()]]
     assert sum(torch.equal(one, other) for one, other in zip(*order, strict=True)) < 6

@@ -13,7 +13,9 @@ from harness import device
 from harness.errors import UserError
 from harness.rules import RECIPE, random_data
 from harness.spec import Recipe
-from harness.train import Diverged, budget_steps, make_criterion, make_optimizer, run_phases
+from harness.training.engine import Training, budget_steps, run_phases
+from harness.training.optimizers import make_criterion, make_optimizer
+from harness.training.stepper import Diverged
 from methods.core.objective import Classification
 
 PLAN = device.plan("cpu", "float32")
@@ -27,7 +29,16 @@ def vit():
 
 
 def run(phases, steps=6, recipe=RECIPE, seed=0, watch=lambda progress: None):
-    return run_phases(phases, steps, recipe, random_data(), PLAN, seed, watch)
+    return train(phases, random_data(), steps=steps, recipe=recipe, seed=seed, watch=watch)
+
+
+def train(phases, data, **changes):
+    """The logs of the phases."""
+    model = next((phase.objective for phase in phases if isinstance(phase, methods.TrainPhase)), nn.Identity())
+    logs, _ = run_phases(
+        model, phases, Training(data=data, plan=PLAN, **({"recipe": RECIPE, "seed": 0, "steps": 6} | changes))
+    )
+    return logs
 
 
 def train_phase(model, **changes):
@@ -121,10 +132,11 @@ def test_one_seed_one_result(optimizer):
 
 def test_training_learns():
     """Seven classes of brightness."""
-    data, losses = random_data(), []
+    data = random_data()
     data.train.images[:] = (data.train.labels * 36).byte()[:, None, None, None]
     recipe = RECIPE.model_copy(update={"lr": 0.003, "label_smoothing": 0.0})
-    run_phases([train_phase(vit())], 160, recipe, data, PLAN, 0, lambda progress: losses.append(progress.loss))
+    (log,) = train([train_phase(vit())], data, recipe=recipe, steps=160)
+    losses = [point["classification"] for point in log.curve]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -132,7 +144,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
     model = vit()
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
-    with pytest.raises(Diverged, match="phase train, step 1"):
+    with pytest.raises(Diverged, match=r"phase train, step 6: the loss is not a number .*, 6 steps in a row"):
         run([train_phase(model)])
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from timm.data import Mixup, create_transform
-from timm.data.random_erasing import RandomErasing
+from timm.data import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
+from harness.cluster import ALONE, Cluster
+from harness.data.augmentation import Keyed, Pictures, Planned, eraser, leave_signals, shift, training_transform
 from harness.data.cards import Card, check_sum, find_root, load_card
+from harness.data.order import COPY, Order, seed_everything, seed_of
+from harness.data.readable import DataLost, Readable, collate
 from harness.data.sources import (
     Arrays,
     Split,
@@ -31,20 +31,33 @@ from harness.errors import UserError
 from harness.spec import Data, Recipe
 from methods.core.noise import Noise
 
+PREFETCHED = 4  # batches that every decoding process has ready
+
 
 @dataclass
 class Batch:
-    """images float32 [B, 3, S, S], normalised; targets int64 [B], or float [B, classes] after mixing; ids int64 [B], the
-    images' numbers in their split."""
+    """images float32 [B, 3, S, S], normalised; targets int64 [B], or float [B, classes] after mixing; keys int64 [B], what tells
+    the images apart (their numbers in the split, plus COPY times the number of the copy); of: images in the whole step, over
+    all processes (0 outside of training)."""
 
     images: Tensor
     targets: Tensor
-    ids: Tensor
+    keys: Tensor
+    of: int = 0
+
+    def split(self, size: int) -> list[Batch]:
+        """Batches of at most that many images, as equal as possible."""
+        count = -(-len(self.images) // size)
+        if count == 1:
+            return [self]
+        parts = zip(*(part.tensor_split(count) for part in (self.images, self.targets, self.keys)), strict=True)
+        return [Batch(*part, of=self.of) for part in parts]
 
 
 @dataclass
 class ImageData:
-    """A data set, opened: the splits, what they are called in records, and how to normalise them."""
+    """A data set, opened: the splits, what they are called in records, and how to normalise them. unreadable: what is wrong
+    with damaged training images that were met so far, by number; others stood in for them."""
 
     card: Card
     image_size: int
@@ -55,6 +68,7 @@ class ImageData:
     train_ids: Tensor = field(repr=False)
     val_ids: Tensor = field(repr=False)
     workers: int = 0
+    unreadable: dict[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def identity(self) -> dict:
@@ -76,40 +90,59 @@ class ImageData:
         mean, std = (value.to(device) for value in self.statistics)
         return (images.to(device, non_blocking=True).float() - mean) / std
 
+    def size(self, which: str) -> int:
+        """Images in the split "train", "val" or "test"."""
+        return {"test": len(self.test.labels), "val": len(self.val_ids), "train": len(self.train_ids)}[which]
+
+    def order(self, recipe: Recipe, seed: int, cluster: Cluster = ALONE) -> Order:
+        """Which images every training step sees."""
+        mixes = bool(recipe.mixup or recipe.cutmix)
+        return Order(self.train_ids, recipe.batch_size, seed, recipe.repeats, mixes, cluster.part)
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in the training split (one, where it is smaller than a batch)."""
-        return max(len(self.train_ids) // batch_size, 1)
+        return Order(self.train_ids, batch_size, seed=0).steps_per_epoch
 
     def train_batches(
-        self, recipe: Recipe, seed: int, first_step: int, last_step: int, device: torch.device
+        self,
+        recipe: Recipe,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        device: torch.device,
+        cluster: Cluster = ALONE,
     ) -> Iterator[Batch]:
-        """The batches of the steps first_step..last_step-1. Which images, and what is done to them, is a function of the
-        seed, the epoch and the image alone."""
-        order = _Order(self.train_ids, recipe.batch_size, self.steps_per_epoch(recipe.batch_size), seed)
-        mixup, erase = self._mixup(recipe), None
-        if recipe.random_erasing:
-            erase = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
+        """This process's share of the batches of the steps first_step..last_step-1. Which images, and what is done to them, is a
+        function of the seed, the epoch and the image alone, what is mixed a function of the seed and the step. DataLost where
+        a file has gone; damaged images are replaced and noted in `unreadable`."""
+        order = self.order(recipe, seed, cluster)
+        mixup, erase = self._mixup(recipe), eraser(recipe, device)
         source = self._fast_batches if self._is_fast(recipe) else self._slow_batches
-        for step, (images, labels, ids) in enumerate(
+        for step, (images, labels, keys) in enumerate(
             source(order, recipe, seed, first_step, last_step, device), first_step
         ):
-            images, labels, ids = images.to(device), labels.to(device), ids.to(device)
-            if erase is not None or mixup is not None:
-                _seed_everything(_seed(seed, step, 1))  # timm's erasing and mixing draw from the global generators
+            images, labels = images.to(device), labels.to(device, non_blocking=True)
             if erase is not None:
-                images = erase(images.contiguous())
-            if mixup is not None:
-                even = len(images) - len(images) % 2
-                images, labels = mixup(images[:even], labels[:even])
-                ids = ids[:even]
-            yield Batch(images, labels, ids)
+                images = erase(images.contiguous(), keys, seed, order.epoch(step))
+            if mixup is not None and len(images) > 1:
+                seed_everything(seed_of(seed, step, 1))  # timm's mixing draws from the global generators
+                images, labels = mixup(images, labels)
+            yield Batch(images, labels, keys.to(device, non_blocking=True), of=len(order.keys(step)))
 
     def eval_batches(
-        self, which: str, batch_size: int, device: torch.device, limit: int | None = None
+        self,
+        which: str,
+        batch_size: int,
+        device: torch.device,
+        limit: int | None = None,
+        cluster: Cluster = ALONE,
+        skip: int = 0,
     ) -> Iterator[Batch]:
-        """The images of the split "train", "val" or "test" in order, not augmented; at most `limit`."""
+        """The images of the split "train", "val" or "test" in order, not augmented; at most `limit`, and without the first `skip`.
+        Of several processes, this one's: every size-th."""
         split = self.test if which == "test" else self.train
         ids = {"test": torch.arange(len(self.test.labels)), "val": self.val_ids, "train": self.train_ids}[which][:limit]
+        ids = ids[skip:][cluster.rank :: cluster.size]
         if isinstance(split, Arrays):
             for part in ids.split(batch_size):
                 yield Batch(
@@ -118,10 +151,16 @@ class ImageData:
                     part,
                 )
             return
-        dataset = _Transformed(split.dataset, evaluation_transform(self.image_size, self.card.crop_pct))
-        loader = DataLoader(dataset, batch_size, sampler=_Fixed([(0, int(i)) for i in ids]), num_workers=self.workers)
-        for images, labels, part in loader:
-            yield Batch(self.normalise(images, device), labels.to(device), part)
+        readable = Readable(split.dataset, self.train_ids if which == "train" else None)
+        transform = evaluation_transform(self.image_size, self.card.crop_pct)
+        loader = DataLoader(
+            Keyed(readable, transform), batch_size, sampler=[(0, int(i)) for i in ids], num_workers=self.workers,
+            collate_fn=collate, worker_init_fn=leave_signals,
+        )  # fmt: skip
+        for samples in loader:
+            if samples.lost:
+                raise UserError(f"the {which} split: {samples.lost}")
+            yield Batch(self.normalise(samples.images, device), samples.labels.to(device), samples.keys)
 
     def _is_fast(self, recipe: Recipe) -> bool:
         """Whether the recipe's augmentation can run on whole batches of decoded images."""
@@ -130,30 +169,37 @@ class ImageData:
         return recipe.crop != "resized"
 
     def _fast_batches(
-        self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
+        self, order: Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
     ) -> Iterator:
+        """Decoded images lie on the device, and a batch is cropped and flipped there at once."""
+        held, labels = self.train.images.to(device), self.train.labels.to(device)
         for step in range(first, last):
-            ids = order.batch(step)
-            noise = Noise(seed, order.epoch(step), ids)
-            images = self.train.images[ids]
+            keys = order.part(order.keys(step))
+            noise = Noise(seed, order.epoch(step), keys.to(device))
+            ids = (keys % COPY).to(device)
+            images = held[ids]
             if recipe.crop == "pad" and recipe.crop_padding:
-                images = _shift(images, noise.uniform("crop", 2), recipe.crop_padding)
+                images = shift(images, noise.uniform("crop", 2), recipe.crop_padding)
             if recipe.flip:
                 flipped = noise.uniform("flip") < recipe.flip
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-            yield self.normalise(images, device).expand(-1, 3, -1, -1), self.train.labels[ids], ids
+            yield self.normalise(images, device).expand(-1, 3, -1, -1), labels[ids], keys
 
     def _slow_batches(
-        self, order: _Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
+        self, order: Order, recipe: Recipe, seed: int, first: int, last: int, device: torch.device
     ) -> Iterator:
-        dataset = _Pictures(self.train) if isinstance(self.train, Arrays) else self.train.dataset
-        transform = _training_transform(recipe, self.image_size)
+        """Pictures are decoded and transformed by other processes."""
+        dataset = Pictures(self.train) if isinstance(self.train, Arrays) else self.train.dataset
+        keyed = Keyed(Readable(dataset, self.train_ids), training_transform(recipe, self.image_size), seed)
         loader = DataLoader(
-            _Transformed(dataset, transform, seed), batch_sampler=order.sampler(first, last),
-            num_workers=self.workers, pin_memory=device.type == "cuda",
+            keyed, batch_sampler=Planned(order, first, last), num_workers=self.workers, collate_fn=collate,
+            pin_memory=device.type == "cuda", prefetch_factor=PREFETCHED if self.workers else None, worker_init_fn=leave_signals,
         )  # fmt: skip
-        for images, labels, ids in loader:
-            yield self.normalise(images, device), labels, ids
+        for samples in loader:
+            if samples.lost:
+                raise DataLost(f"the train split: {samples.lost}")
+            self.unreadable |= {key % COPY: wrong for key, wrong in samples.wrong.items()}
+            yield self.normalise(samples.images, device), samples.labels, samples.keys
 
     def _mixup(self, recipe: Recipe) -> Mixup | None:
         if not (recipe.mixup or recipe.cutmix):
@@ -181,95 +227,5 @@ def open_data(data: Data, spec_folder: Path, data_root: str | None = None, crop:
     held_out = int(len(order) * card.val_fraction)
     return ImageData(
         card, size, classes, checksum, train, test, train_ids=order[held_out:].sort().values,
-        val_ids=order[:held_out].sort().values, workers=workers,
+        val_ids=order[:held_out].sort().values, workers=workers, unreadable=dict(getattr(train, "unreadable", {})),
     )  # fmt: skip
-
-
-class _Order:
-    """Which images every step sees: a permutation per epoch, a function of (seed, epoch)."""
-
-    def __init__(self, ids: Tensor, batch_size: int, steps_per_epoch: int, seed: int) -> None:
-        self.ids, self.batch_size, self.steps, self.seed = ids, batch_size, steps_per_epoch, seed
-        self._epoch, self._shuffled = -1, ids
-
-    def epoch(self, step: int) -> int:
-        return step // self.steps
-
-    def batch(self, step: int) -> Tensor:
-        epoch, place = divmod(step, self.steps)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_seed(self.seed, epoch, 2))
-            self._epoch, self._shuffled = epoch, self.ids[torch.randperm(len(self.ids), generator=generator)]
-        return self._shuffled[place * self.batch_size : (place + 1) * self.batch_size]
-
-    def sampler(self, first: int, last: int) -> Sampler:
-        return _Fixed(([(self.epoch(s), int(i)) for i in self.batch(s)] for s in range(first, last)), last - first)
-
-
-class _Fixed(Sampler):
-    """A given sequence of (epoch, number) pairs, or of lists of them."""
-
-    def __init__(self, items, length: int | None = None) -> None:
-        self.items, self.length = items, length if length is not None else len(items)
-
-    def __iter__(self):
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return self.length
-
-
-class _Pictures(Dataset):
-    """Decoded images as PIL images again, for transforms that need those."""
-
-    def __init__(self, arrays: Arrays) -> None:
-        self.arrays = arrays
-
-    def __getitem__(self, index: int):
-        pixels = self.arrays.images[index].expand(3, -1, -1).permute(1, 2, 0).numpy()
-        return Image.fromarray(np.ascontiguousarray(pixels)), int(self.arrays.labels[index])
-
-
-class _Transformed(Dataset):
-    """(epoch, number) to (uint8 image, label, number); the transform's dice are seeded by (seed, epoch, number), so that
-    workers and order do not matter."""
-
-    def __init__(self, dataset, transform, seed: int = 0) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __getitem__(self, item: tuple[int, int]):
-        epoch, index = item
-        image, label = self.dataset[index]
-        _seed_everything(_seed(self.seed, epoch, 3, index))
-        return torch.as_tensor(self.transform(image.convert("RGB"))), int(label), index
-
-
-def _training_transform(recipe: Recipe, image_size: int):
-    """timm's training transform, ending in uint8 so that normalisation is the same everywhere."""
-    return create_transform(
-        image_size, is_training=True, hflip=recipe.flip, auto_augment=recipe.auto_augment or None,
-        color_jitter=recipe.color_jitter or None, interpolation="bicubic", use_prefetcher=True,
-    )  # fmt: skip
-
-
-def _shift(images: Tensor, uniform: Tensor, padding: int) -> Tensor:
-    """Random crops of the zero-padded images: uint8 [B, C, S, S], uniform [B, 2] in (0, 1)."""
-    size = images.shape[-1]
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    offsets = (uniform * (2 * padding + 1)).long()
-    rows = offsets[:, 0, None] + torch.arange(size)
-    columns = offsets[:, 1, None] + torch.arange(size)
-    batch = torch.arange(len(images))[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _seed(*parts: int) -> int:
-    """A 31-bit seed that is a function of the parts."""
-    state = np.random.SeedSequence([part & 0xFFFFFFFF for part in parts]).generate_state(1)[0]
-    return int(state) & 0x7FFFFFFF

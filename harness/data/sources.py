@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness.data.cards import Card
+from harness.data.readable import Readable, Sample, collate, read_sample
 from harness.errors import UserError
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
@@ -31,10 +33,12 @@ _NEEDED = {
 
 @dataclass
 class Arrays:
-    """A decoded split: images uint8 [N, C, S, S] with 1 or 3 channels, labels int64 [N]."""
+    """A decoded split: images uint8 [N, C, S, S] with 1 or 3 channels, labels int64 [N]. unreadable: what was wrong with the
+    files of images in whose places others stand, by number."""
 
     images: Tensor
     labels: Tensor
+    unreadable: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,8 +67,12 @@ def open_split(
         return _decode(card, samples, which, image_size)
     labels = _labels_of(dataset)
     if (labels is None or not as_files) and len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
-        decoded = Decoded(dataset, image_size, card.crop_pct)
-        return _decode(card, DataLoader(decoded, batch_size=256, num_workers=workers), which, image_size)
+        readable = Readable(dataset, torch.arange(len(dataset)) if which == "train" else None)
+        decoded = Decoded(readable, image_size, card.crop_pct)
+        loader = DataLoader(decoded, batch_size=256, num_workers=workers, collate_fn=collate)
+        unreadable: dict[int, str] = {}
+        split = _decode(card, _looked_at(loader, card, which, unreadable), which, image_size)
+        return dataclasses.replace(split, unreadable=unreadable)
     if labels is None:
         raise UserError(f"data card {card.name}: {len(dataset):,} images of {image_size} pixels do not fit into memory, and "
                         f"the reader {card.reader} cannot be streamed yet; use an ImageFolder tree (reader: folder)")  # fmt: skip
@@ -191,18 +199,26 @@ def _split_folder(card: Card, root: Path, which: str) -> Path:
 
 
 class Decoded(Dataset):
-    """Any map-style dataset of PIL images as (uint8 array [3, S, S], label)."""
+    """Readable pictures as samples with timm's evaluation transform."""
 
-    def __init__(self, dataset: Any, image_size: int, crop_pct: float) -> None:
-        self.dataset = dataset
+    def __init__(self, readable: Readable, image_size: int, crop_pct: float) -> None:
+        self.readable = readable
         self.transform = evaluation_transform(image_size, crop_pct)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.readable)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self.dataset[index]
-        return self.transform(image.convert("RGB")), int(label)
+    def __getitem__(self, index: int) -> Sample:
+        return read_sample(self.readable, index, index, self.transform)
+
+
+def _looked_at(loader: Iterable, card: Card, which: str, unreadable: dict[int, str]) -> Iterable:
+    """(images, labels) of a loader of samples; what is wrong goes into `unreadable`, and DataLost is raised for a lost image."""
+    for batch in loader:
+        if batch.lost:
+            raise UserError(f"data card {card.name}: the {which} split has a file that is {batch.lost}")
+        unreadable |= batch.wrong
+        yield batch.images, batch.labels
 
 
 def evaluation_transform(image_size: int, crop_pct: float) -> Any:

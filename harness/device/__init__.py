@@ -28,11 +28,14 @@ class Plan:
     device: torch.device
     dtype: str  # of autocast; float32: none
     fused_attention: bool
+    compiled: bool = False  # by torch.compile, block by block
 
     @property
     def identity(self) -> dict[str, Any]:
         attention = "fused" if self.fused_attention else "plain"
-        return {"device": self.device.type, "dtype": self.dtype, "attention": attention}
+        return {
+            "device": self.device.type, "dtype": self.dtype, "attention": attention, "compiled": self.compiled,
+        }  # fmt: skip
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == "float32":
@@ -40,7 +43,7 @@ class Plan:
         return torch.autocast(self.device.type, DTYPES[self.dtype])
 
 
-def plan(device: str, dtype: str) -> Plan:
+def plan(device: str, dtype: str, compiled: bool = False) -> Plan:
     """The plan for a device name ("auto", "cpu", "cuda", "cuda:1") and a dtype ("auto" or a name).
 
     CPUs train with plain attention, in bfloat16 where they multiply it in hardware tiles (AMX) and in float32 elsewhere:
@@ -51,9 +54,7 @@ def plan(device: str, dtype: str) -> Plan:
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if chosen.type == "cuda" else _has_amx()
         dtype = "bfloat16" if fast else "float32"
-    if dtype == "float16":
-        raise UserError("dtype float16: training in it needs a gradient scaler, which is not there yet; use bfloat16")
-    return Plan(chosen, dtype, fused_attention=chosen.type == "cuda")
+    return Plan(chosen, dtype, chosen.type == "cuda", compiled)
 
 
 def find(device: str) -> torch.device:

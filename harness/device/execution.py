@@ -6,8 +6,10 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 MOST_COPIES = 4096
@@ -111,11 +113,35 @@ def cold_inputs(images: Tensor) -> list[Tensor]:
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of the resident memory
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes allocated at most since the last reset; None on the CPU, where torch does not say."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """Bytes allocated at most since the last reset; on the CPU the process's resident memory, None where the system does
+    not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+@contextlib.contextmanager
+def compiled_blocks(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """The model's transformer blocks compiled, if wanted: one of them stands for all, so that it takes seconds and not minutes. NotAvailable
+    where there is no compiler."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)] if wanted else []
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None  # what is evaluated, counted and deployed is not compiled
 
 
 def peak_of(device: torch.device, call: Callable[[], object]) -> int:

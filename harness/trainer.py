@@ -1,0 +1,203 @@
+"""The trained model of a cell: from memory, from its checkpoint, or by training it, from where an earlier run stopped."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import device as devices
+from harness import models
+from harness.cells import Cell
+from harness.cluster import Cluster, agreed
+from harness.data.dataset import ImageData
+from harness.device import Plan, execution
+from harness.identity import Identity
+from harness.progress import Reporter
+from harness.records import Store, write_atomically
+from harness.training.artifacts import Artifacts
+from harness.training.engine import Training, budget_steps, run_phases
+from harness.training.journal import Journal
+from harness.training.optimizers import fuse_norms, make_criterion, restore_norms
+from harness.training.snapshots import Snapshots
+
+REPORTED_IMAGES = 8  # on which the log says what the model keeps
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cell's model in the form that trains, in eval mode, the one with averaged weights, if the recipe wants it, and the log of
+    its phases."""
+
+    sparse: nn.Module
+    phases: list[dict[str, Any]]
+    averaged: nn.Module | None = None
+
+
+class DenseFailed(RuntimeError):
+    """The dense network that a cell starts from could not be trained."""
+
+
+class Trainer:
+    """Trains the cells of a run and keeps what later ones need. All processes of the cluster call it alike."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        data: ImageData,
+        plan: Plan,
+        store: Store,
+        reporter: Reporter,
+        cluster: Cluster,
+        fresh: bool,
+    ) -> None:
+        self.identity, self.data, self.plan, self.store = identity, data, plan, store
+        self.reporter, self.cluster, self.fresh = reporter, cluster, fresh
+        self.spec = identity.spec
+        self._trained: dict[str, Trained] = {}
+
+    def weights(self, cell: Cell, name: str, again: bool = False) -> Trained:
+        """The cell's trained model, whose checkpoint is there afterwards. again: train it even if it is there."""
+        weights_id = self.identity.weights_id(cell)
+        path = self.store.checkpoint(weights_id)
+        is_there = self.cluster.share(path.exists)
+        if is_there and weights_id in self._trained:
+            return self._trained[weights_id]
+        trained = self._load(cell, path) if is_there and not again else None
+        if trained is None:
+            trained = self._train(cell, name, again)
+            self.cluster.share(lambda: _write_checkpoint(path, trained))
+            if self.cluster.is_first:
+                self._snapshots(weights_id).remove()
+        self._trained[weights_id] = trained
+        return trained
+
+    def forget_others(self, cell: Cell) -> None:
+        """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
+        dense = self.identity.weights_id(self.identity.dense_cell(cell))
+        self._trained = {key: value for key, value in self._trained.items() if key == dense}
+
+    def build(self, seed: int, drop_path: float) -> nn.Module:
+        """The backbone for this data, with random weights."""
+        return models.build(self.spec.backbone, self.data.classes, self.data.image_size, seed, drop_path)
+
+    def _load(self, cell: Cell, path: Path) -> Trained | None:
+        """The model in a checkpoint; None where the file is damaged."""
+        sparse, averaged = self._sparse(cell), None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            sparse.load_state_dict(content["model"])
+            if content.get("averaged") is not None:
+                averaged = copy.deepcopy(sparse)
+                averaged.load_state_dict(content["averaged"])
+            phases, problem = content["phases"], ""
+        except Exception as error:
+            phases, problem = [], type(error).__name__
+        if self.cluster.any(bool(problem)):
+            self.reporter.say(
+                f"checkpoint {path.name} cannot be used ({problem or 'in another process'}); training again"
+            )
+            return None
+        on_device = [model.to(self.plan.device).eval() if model is not None else None for model in (sparse, averaged)]
+        return Trained(on_device[0], phases, on_device[1])
+
+    def _train(self, cell: Cell, name: str, again: bool) -> Trained:
+        recipe, epochs = self.identity.training_of(cell)
+        if self.identity.is_dense(cell) and self.spec.dense.weights:
+            return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
+        dense = self._dense(cell, name) if self.identity.needs_dense(cell) else None
+        sparse = self._sparse(cell, dense if cell.method.start == "dense" else None).to(self.plan.device)
+        teacher = to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
+        self.reporter.begin(name, "training")
+        fuse_norms(sparse, recipe)
+        with execution.compiled_blocks(sparse, self.plan.compiled):
+            phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
+            steps = budget_steps(self.data, recipe, epochs, self.spec.budget.max_steps)
+            training = self._training(cell, steps, again, self._reported(cell, sparse))
+            logs, averaged = run_phases(sparse, phases, training)
+        for model in (sparse, averaged):
+            if model is not None:
+                restore_norms(model.eval(), recipe)
+        return Trained(sparse, [asdict(log) for log in logs], averaged)
+
+    def _training(self, cell: Cell, steps: int, again: bool, reported: Callable[[], dict[str, float]]) -> Training:
+        """Everything around the steps: where the state and the log are kept, which results of phases are there already."""
+        weights_id, options = self.identity.weights_id(cell), self.spec.train
+        snapshots = self._snapshots(weights_id)
+        if again:
+            self.cluster.share(snapshots.remove)
+        journal = Journal(self.store.log(weights_id), options.tensorboard) if self.cluster.is_first else Journal()
+        artifacts = None if again else Artifacts(self.store.artifacts, self.identity.artifact_context(cell))
+        return Training(
+            self.identity.training_of(cell)[0], self.data, self.plan, cell.seed, steps, options, self.spec.data.max_unreadable,
+            self.cluster, self.reporter.watch, self.reporter.say, journal, snapshots, artifacts,
+            {phase: Path(file) for phase, file in cell.phases.items()}, reported,
+        )  # fmt: skip
+
+    def _snapshots(self, weights_id: str) -> Snapshots:
+        options = self.spec.train
+        seconds = options.checkpoint_minutes * 60 if options.checkpoint_minutes else None
+        return Snapshots(self.store.snapshots(weights_id), options.checkpoint_steps, seconds, options.keep)
+
+    def _reported(self, cell: Cell, sparse: nn.Module) -> Callable[[], dict[str, float]]:
+        """What the model keeps of a few images, for the log."""
+        images: list[Tensor] = []
+
+        @torch.no_grad()
+        def reported() -> dict[str, float]:
+            if not images:
+                images.append(next(self.data.eval_batches("train", REPORTED_IMAGES, self.plan.device)).images)
+            report = cell.method.report(sparse.eval(), images[0])
+            tokens = [float(block.keys.double().mean()) for block in report.blocks]
+            density = list(report.weight_density.values())
+            return {"kept_tokens": round(sum(tokens) / len(tokens), 3)} | (
+                {"weight_density": round(sum(density) / len(density), 6)} if density else {}
+            )
+
+        return reported
+
+    def _dense(self, cell: Cell, name: str) -> nn.Module:
+        """The trained dense network of the cell's seed."""
+        dense_cell = self.identity.dense_cell(cell)
+        failure = self.cluster.share(lambda: self._failure_of(dense_cell))
+        if failure is not None:
+            raise agreed(DenseFailed(f"the dense network that it starts from failed ({failure})"))
+        return self.weights(dense_cell, f"{name}, its dense network").sparse
+
+    def _failure_of(self, cell: Cell) -> str | None:
+        """Why the cell failed; None where it did not, or where only timing it failed."""
+        record_id = self.identity.record_id(cell)
+        failures = self.store.failures(record_id)
+        return failures[-1]["message"] if failures and self.store.read(record_id) is None else None
+
+    def _sparse(self, cell: Cell, dense: nn.Module | None = None) -> nn.Module:
+        """The cell's model in the form that trains, with initial weights: a function of the seed."""
+        vit = self.build(cell.seed, self.identity.training_of(cell)[0].drop_path)
+        if dense is not None:
+            vit.load_state_dict(dense.state_dict())
+        elif self.identity.is_dense(cell) and self.spec.dense.weights:
+            models.load_weights(vit, self.spec.dense.weights, self.spec.backbone, self.identity.run.folder)
+        torch.manual_seed(cell.seed + 1)
+        sparse = cell.method.sparsify(vit)
+        devices.set_attention(sparse, self.plan.fused_attention)
+        return sparse
+
+
+def to_cpu(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode."""
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _write_checkpoint(path: Path, trained: Trained) -> None:
+    content = {"model": trained.sparse.state_dict(), "phases": trained.phases}
+    if trained.averaged is not None:
+        content["averaged"] = trained.averaged.state_dict()
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())

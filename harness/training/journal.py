@@ -1,0 +1,91 @@
+"""The log of a training: a JSON line per event in results/logs/ID.jsonl, and TensorBoard's files beside it, if wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+
+STEPPED = "step"
+
+
+class Journal:
+    """Lines of an append-only file. With no path it does nothing, as in all processes but the first."""
+
+    def __init__(self, path: Path | None = None, tensorboard: bool = False) -> None:
+        self.path, self.tensorboard = path, tensorboard and path is not None
+        self._writer: Any = None
+
+    @property
+    def is_kept(self) -> bool:
+        return self.path is not None
+
+    def go_on(self, phase: int, step: int) -> None:
+        """Drops the lines after that step of that phase: they will be written again. (0, 0) begins anew."""
+        if self.path is None:
+            return
+        kept = []
+        if self.path.exists() and (phase, step) != (0, 0):
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                entry = _entry(line)
+                if entry and (entry.get("phase_number", 0), entry.get(STEPPED, 0)) <= (phase, step):
+                    kept.append(line + "\n")
+        self._write("w", "".join(kept))
+        if self.tensorboard:
+            self._writer = self._open_tensorboard()
+
+    def write(self, event: str, **content: Any) -> None:
+        """A line. UserError where the file cannot be written."""
+        if self.path is None:
+            return
+        self._write("a", json.dumps({"event": event, **_finite(content)}, ensure_ascii=False) + "\n")
+        if self._writer is not None and STEPPED in content:
+            for name, value in {**content, **content.get("terms", {})}.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self._writer.add_scalar(f"{content['phase']}/{name}", value, content[STEPPED])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, mode: str, text: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+    def _open_tensorboard(self) -> Any:
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(os.fspath(self.path.with_suffix(".tensorboard")))
+
+
+def require_tensorboard() -> None:
+    """UserError where the package is not installed."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("train.tensorboard: the package is not installed; pip install tensorboard") from None
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """The line's content; None for one that was cut off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no numbers for infinity and NaN: they become words."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

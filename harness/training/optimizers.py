@@ -1,0 +1,124 @@
+"""What turns gradients into steps: timm's optimizers over a phase's groups, learning rates, NVIDIA apex's kernels."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from harness.errors import UserError
+from harness.spec import Recipe
+from methods import Group, TrainPhase
+from methods.core.registry import unknown
+
+FUSED = {"fused_adamw": "torch's fused AdamW", "fused_adam": "NVIDIA apex's"}
+APEX = "https://github.com/NVIDIA/apex"
+
+
+def make_criterion(recipe: Recipe) -> nn.Module:
+    """(logits, targets) to the classification loss: for mixed targets, smoothed ones, or plain ones."""
+    if recipe.mixup or recipe.cutmix:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(recipe.label_smoothing) if recipe.label_smoothing else nn.CrossEntropyLoss()
+
+
+def check_recipe(recipe: Recipe, key: str) -> None:
+    """UserError for an optimizer that does not exist, or kernels that are not installed."""
+    known = [*FUSED, *list_optimizers()]
+    if recipe.optimizer not in known:
+        raise UserError(f"{key}: {unknown('optimizer', recipe.optimizer, known)}")
+    if recipe.optimizer == "fused_adam":
+        apex("optimizers", "FusedAdam", f"{key}.optimizer: fused_adam", "write fused_adamw for torch's own fused AdamW")
+    if recipe.norm == "fused_layer_norm":
+        apex("normalization", "FusedLayerNorm", f"{key}.norm: fused_layer_norm", "write layer_norm for torch's own")
+
+
+def apex(module: str, name: str, wanted_by: str, otherwise: str) -> Any:
+    """A class of NVIDIA apex. UserError where apex is not installed, or where the package of that name is another one: the package
+    index has an `apex` that has nothing to do with it."""
+    try:
+        found = importlib.import_module("apex")
+    except ImportError:
+        raise UserError(f"{wanted_by} needs NVIDIA apex, which is not installed; build it from {APEX} "
+                        f"(the package apex of the index is something else), or {otherwise}") from None  # fmt: skip
+    try:
+        return getattr(importlib.import_module(f"apex.{module}"), name)
+    except (ImportError, AttributeError):
+        where = getattr(found, "__file__", None) or "?"
+        raise UserError(f"{wanted_by} needs NVIDIA apex, but the installed package apex ({where}) is not NVIDIA's or was built "
+                        f"without its kernels; build it from {APEX}, or {otherwise}") from None  # fmt: skip
+
+
+def make_optimizer(phase: TrainPhase, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer over the phase's groups; an entry "frozen" in them is the share of the steps with rate 0. As in
+    DeiT, one-dimensional parameters and the model's own exceptions get no weight decay."""
+    trainable = [p for p in phase.objective.parameters() if p.requires_grad]
+    groups = phase.groups if phase.groups is not None else [Group("all", trainable)]
+    exempt = {id(p) for model in phase.objective.modules() if hasattr(model, "no_weight_decay")
+              for name, p in model.named_parameters() if name in model.no_weight_decay()}  # fmt: skip
+    parameters = []
+    for group in groups:
+        bare = [p for p in group.parameters if p.ndim <= 1 or id(p) in exempt]
+        decayed = [p for p in group.parameters if p.ndim > 1 and id(p) not in exempt]
+        for part, decay in ((bare, 0.0), (decayed, recipe.weight_decay)):
+            if part:
+                parameters.append({
+                    "params": part, "weight_decay": decay, "lr": recipe.lr, "lr_scale": group.lr_scale, "frozen": group.frozen,
+                })  # fmt: skip
+    if recipe.optimizer == "fused_adam":
+        kind = apex("optimizers", "FusedAdam", "optimizer: fused_adam", "write fused_adamw")
+        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, adam_w_mode=True)
+    if recipe.optimizer == "fused_adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return create_optimizer_v2(parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+class Schedule:
+    """Learning rates as a function of the step: linear warm-up from 0, then cosine to recipe.min_lr; groups are scaled, and
+    frozen at first."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, steps_per_epoch: int) -> None:
+        self.optimizer, self.steps = optimizer, steps
+        warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps // 2)
+        self.cosine = CosineLRScheduler(
+            optimizer, t_initial=steps - warmup + 1, lr_min=recipe.min_lr, warmup_t=warmup, warmup_lr_init=0.0,
+            warmup_prefix=True, t_in_epochs=False,
+        )  # fmt: skip
+
+    def set(self, step: int) -> float:
+        """Sets the rates for a step, counted from 0; the highest of them."""
+        self.cosine.step_update(step + 1)
+        for group in self.optimizer.param_groups:
+            if step < group["frozen"] * self.steps:
+                group["lr"] = 0.0
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def fuse_norms(model: nn.Module, recipe: Recipe) -> None:
+    """Lets the model's LayerNorms (not subclasses that do something else) use NVIDIA apex's kernel, where the recipe says so;
+    weights and names stay."""
+    if recipe.norm == "fused_layer_norm":
+        fused = apex("normalization", "FusedLayerNorm", "norm: fused_layer_norm", "write layer_norm")
+        _exchange(model, {nn.LayerNorm, LayerNorm}, fused)
+
+
+def restore_norms(model: nn.Module, recipe: Recipe) -> None:
+    """torch's LayerNorms again: what is counted, timed and deployed has them."""
+    if recipe.norm == "fused_layer_norm":
+        fused = apex("normalization", "FusedLayerNorm", "norm: fused_layer_norm", "write layer_norm")
+        _exchange(model, {fused}, nn.LayerNorm)
+
+
+def _exchange(model: nn.Module, kinds: set[type[nn.Module]], new: type[nn.Module]) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) in kinds:
+                other = new(tuple(child.normalized_shape), eps=child.eps, elementwise_affine=child.elementwise_affine)
+                other.weight, other.bias = child.weight, child.bias
+                setattr(module, name, other.train(child.training))
