@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from harness.rules import BACKBONES, RULES, Broken, Subject
+from harness.rules import BACKBONES, RULES, Broken, Rule, Subject
 from methods import Method, Unsupported
 
 
@@ -22,8 +22,10 @@ class Finding:
     detail: str = ""
 
 
-def check_method(method: Method, backbones: tuple[str, ...] = tuple(BACKBONES)) -> Iterator[Finding]:
-    """Runs every rule on every backbone. A refusal (Unsupported) is fine, apart from the plain ViT."""
+def check_method(
+    method: Method, backbones: tuple[str, ...] = tuple(BACKBONES), rules: tuple[Rule, ...] = RULES
+) -> Iterator[Finding]:
+    """Runs the rules on every backbone. A refusal (Unsupported) is fine, apart from the plain ViT."""
     for backbone in backbones:
         subject = Subject(method, backbone)
         try:
@@ -39,7 +41,7 @@ def check_method(method: Method, backbones: tuple[str, ...] = tuple(BACKBONES)) 
         except Exception as error:
             yield Finding(backbone, "supported or refused with a reason", False, _told(error))
             continue
-        for rule in RULES:
+        for rule in rules:
             try:
                 rule(subject)
             except Exception as error:
