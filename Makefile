@@ -5,13 +5,17 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test perf lint leaderboard clean
+.PHONY: bench test test-long perf lint leaderboard clean
 
 bench: $(READY)
 	$(BIN)/python bench.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+# What takes minutes each: trainings killed twenty times, by events and by the clock.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # Times the pieces, saves the run in .benchmarks, and shows it beside the last saved one, if there is one.
 perf: $(READY)

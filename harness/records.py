@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "roofline": ("device", "driver", "dtype", "gemm_tflops", "copy_gbs"),
     "failure": ("reason", "message"),
 }  # fmt: skip
+STALE = 3600.0  # seconds after which nobody can still be writing a file
 RETRIED = {"crash", "memory", "timeout"}  # failures that may go away by themselves
 
 
@@ -79,9 +81,18 @@ def _write(path: Path, data: tuple[bytes | memoryview, ...]) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _sync_folder(path.parent)
+        _tidy(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _tidy(path: Path) -> None:
+    """Removes what processes left behind that were killed while they wrote this file."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -73,8 +73,8 @@ class Trainer:
         if trained is None:
             trained = self._train(cell, name, again)
             self.cluster.share(lambda: _write_checkpoint(path, trained))
-            if self.cluster.is_first:
-                self._snapshots(weights_id).remove()
+        if self.cluster.is_first:
+            self._snapshots(weights_id).remove()  # also those of a process killed between the two
         self._trained[weights_id] = trained
         return trained
 

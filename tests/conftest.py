@@ -195,3 +195,101 @@ def bench(*arguments: object, cwd: Path = ROOT, **environment: str) -> subproces
         text=True,
         timeout=300,
     )
+
+
+STAGES = '''
+"""A method with phases of all kinds, each with state that an interruption must not lose."""
+import copy
+import methods
+import torch
+from methods.core.pooled import total, value_of
+from torch import nn
+
+
+class Statistics(nn.Module):
+    """Sums the features of what it sees."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("sum", torch.zeros(model.embed_dim))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, images, targets):
+        features = self.model.forward_features(images)
+        self.sum += features.float().mean(dim=1).sum(dim=0)
+        self.count += len(images)
+
+
+class Objective(nn.Module):
+    """Classification, and a term that is no mean over images: the squared norm of the batch's mean feature's distance."""
+
+    def __init__(self, model, criterion, statistics=None):
+        super().__init__()
+        self.model, self.criterion, self.statistics = model, criterion, statistics
+
+    def forward(self, images, targets, noise):
+        features = self.model.forward_features(images)
+        features = features + 0.01 * noise.gumbel("features", 1, features.shape[-1])
+        terms = {"classification": self.criterion(self.model.forward_head(features).float(), targets)}
+        if self.statistics is not None:
+            mean = self.statistics.sum / self.statistics.count.clamp(min=1)
+            sums = torch.cat([features.float().mean(dim=1).sum(dim=0), features.new_full((1,), len(images), dtype=torch.float32)])
+            terms["drift"] = methods.Pooled(sums, lambda sums: 0.1 * (sums[:-1] / sums[-1] - mean).pow(2).sum())
+        return terms
+
+
+class Counter:
+    """What a hook remembers."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@methods.register
+class Stages(methods.Method):
+    """Phases of all kinds: warm up, collect, scale, settle."""
+
+    name = "stages"
+
+    def sparsify(self, vit):
+        sparse = copy.deepcopy(vit)
+        sparse.register_buffer("scaled", torch.zeros(()))
+        return sparse
+
+    def phases(self, sparse, criterion, teacher=None):
+        statistics, counter = Statistics(sparse), Counter()
+
+        def finish():
+            total(statistics.sum), total(statistics.count)
+
+        def scale():
+            with torch.no_grad():
+                sparse.head.weight.mul_(1 + 0.1 * float(statistics.sum.abs().mean() / statistics.count))
+                sparse.scaled.fill_(1)
+
+        def count(step, steps):
+            counter.calls += 1
+            with torch.no_grad():
+                sparse.head.bias.add_(1e-3 * sparse.scaled * counter.calls * torch.rand(()))
+
+        return [
+            methods.TrainPhase(name="warm", objective=Objective(sparse, criterion), share=0.4, artifact="warm"),
+            methods.CollectPhase(name="collect", module=statistics, share=0.2, finish=finish, divided=True),
+            methods.TransformPhase(name="scale", apply=scale),
+            methods.TrainPhase(
+                name="settle", objective=Objective(sparse, criterion, statistics), share=0.4, after_step=count, state=counter
+            ),
+        ]
+'''
+
+
+@pytest.fixture(scope="session")
+def stages_file(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("plugin"), "stages", STAGES)

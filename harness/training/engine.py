@@ -66,7 +66,7 @@ class PhaseLog:
     kind: str
     steps: int = 0
     images: int = 0
-    macs: float | None = None
+    macs: float | None = None  # None: not counted yet
     seconds: float = 0.0
     device_hours: float = 0.0
     data_wait_seconds: float = 0.0
@@ -171,6 +171,7 @@ class _Run:
             self._collect(phase, first, last, log, settle)
         elif isinstance(phase, TransformPhase):
             phase.apply()
+            log.macs = 0.0
         self._saved_phase = None
         settle()
 
