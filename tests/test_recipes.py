@@ -1,0 +1,243 @@
+"""Recipes beyond the defaults: averaged weights, repeated augmentation, NVIDIA apex, torch.compile, TensorBoard; artifacts of phases."""
+
+import importlib.util
+import json
+import shutil
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import bench, tiny_spec
+from torch import nn
+
+import methods
+from harness import device, models
+from harness.data.order import COPY, Order
+from harness.device import execution
+from harness.errors import UserError
+from harness.rules import RECIPE, random_data
+from harness.training.engine import Training, run_phases
+from harness.training.optimizers import check_recipe, fuse_norms, make_optimizer, restore_norms
+from methods.core.objective import Classification
+
+PLAN = device.plan("cpu", "float32")
+
+
+def vit(**changes):
+    torch.manual_seed(0)
+    sizes = {"img_size": 24, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 7}
+    return timm.create_model("vit_tiny_patch16_224", **(sizes | changes))
+
+
+def train(model, recipe=RECIPE, hook=None, **changes):
+    phase = methods.TrainPhase(name="train", objective=Classification(model, nn.CrossEntropyLoss()), after_step=hook)
+    return run_phases(model, [phase], Training(recipe, random_data(), PLAN, 0, 6, **changes))
+
+
+def test_averaged_weights_are_the_average_of_what_was_passed():
+    """Span 0.5 of 6 steps: each step counts a third, and what was before two thirds."""
+    model, average = vit(), vit().head.weight.detach().clone()
+
+    def follow(step, steps):
+        average.lerp_(model.head.weight.detach(), 1 / 3)
+
+    _, averaged = train(model, RECIPE.model_copy(update={"ema": 0.5}), follow)
+    torch.testing.assert_close(averaged.head.weight, average)
+    assert not torch.allclose(averaged.head.weight, model.head.weight)
+    assert train(vit())[1] is None
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_repeated_augmentation_shows_fewer_images_more_often(repeats):
+    order = Order(torch.arange(60), 12, seed=3, repeats=repeats)
+    keys = torch.cat([order.keys(step) for step in range(order.steps_per_epoch)])
+    assert order.steps_per_epoch == 5
+    assert len(keys.unique()) == len(keys) == 60
+    assert (keys % COPY).bincount().unique().tolist() == ([repeats] if repeats == 1 else [0, repeats])
+    assert not torch.equal(keys, torch.cat([order.keys(step) for step in range(5, 10)]))
+
+
+# NVIDIA apex, which no test machine has: a package of that name stands for it.
+
+
+@pytest.fixture
+def apex(tmp_path, monkeypatch):
+    """installed(text of apex/optimizers, of apex/normalization)."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+            del sys.modules[name]
+
+    def installed(**files):
+        (tmp_path / "apex").mkdir()
+        (tmp_path / "apex" / "__init__.py").write_text("")
+        for name, text in files.items():
+            (tmp_path / "apex" / f"{name}.py").write_text(textwrap.dedent(text))
+        importlib.invalidate_caches()
+
+    forget()
+    yield installed
+    forget()
+
+
+NVIDIA = {
+    "optimizers": """
+        import torch
+        class FusedAdam(torch.optim.AdamW):
+            def __init__(self, params, lr, weight_decay, adam_w_mode):
+                assert adam_w_mode
+                super().__init__(params, lr=lr, weight_decay=weight_decay)
+        """,
+    "normalization": """
+        import torch
+        class FusedLayerNorm(torch.nn.Module):
+            used = 0
+            def __init__(self, normalized_shape, eps, elementwise_affine):
+                super().__init__()
+                self.normalized_shape, self.eps, self.elementwise_affine = torch.Size(normalized_shape), eps, elementwise_affine
+                self.weight = torch.nn.Parameter(torch.ones(normalized_shape))
+                self.bias = torch.nn.Parameter(torch.zeros(normalized_shape))
+            def forward(self, x):
+                FusedLayerNorm.used += 1
+                return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        """,
+}
+FUSED = RECIPE.model_copy(update={"optimizer": "fused_adam", "norm": "fused_layer_norm"})
+
+
+def test_apex_is_used_where_it_is_installed(apex):
+    apex(**NVIDIA)
+    check_recipe(FUSED, "recipe")
+    fused, plain = vit(), vit()
+    names = list(fused.state_dict())
+    fuse_norms(fused, FUSED)
+    train(fused, FUSED)
+    restore_norms(fused, FUSED)
+    train(plain)
+    import apex.normalization
+
+    assert apex.normalization.FusedLayerNorm.used > 0
+    assert list(fused.state_dict()) == names
+    assert not any(isinstance(module, apex.normalization.FusedLayerNorm) for module in fused.modules())
+    assert models.state_digest(fused.state_dict()) == models.state_digest(plain.state_dict())
+
+
+def test_a_methods_own_norm_is_left_alone(apex):
+    class Special(nn.LayerNorm):
+        pass
+
+    apex(**NVIDIA)
+    model = vit()
+    model.norm = Special(24)
+    fuse_norms(model, FUSED)
+    assert type(model.norm) is Special
+    assert type(model.blocks[0].norm1).__name__ == "FusedLayerNorm"
+
+
+@pytest.mark.parametrize("files", [{}, {"optimizers": "x = 1", "normalization": "x = 1"}])
+def test_another_package_called_apex_is_recognised(apex, files):
+    apex(**files)
+    with pytest.raises(UserError, match=r"recipe.optimizer: fused_adam .*apex/__init__.py\) is not NVIDIA's") as told:
+        check_recipe(FUSED, "recipe")
+    assert "fused_adamw" in str(told.value)
+    with pytest.raises(UserError, match=r"adapt.norm: fused_layer_norm .* is not NVIDIA's"):
+        check_recipe(FUSED.model_copy(update={"optimizer": "adamw"}), "adapt")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("apex") is not None, reason="apex is installed")
+def test_without_apex_a_line_says_what_to_do():
+    with pytest.raises(UserError, match=r"not installed; build it from https://github.com/NVIDIA/apex .* write fused_adamw"):
+        check_recipe(FUSED, "recipe")
+
+
+def test_torchs_fused_adamw_on_request():
+    recipe = RECIPE.model_copy(update={"optimizer": "fused_adamw"})
+    check_recipe(recipe, "recipe")
+    phase = methods.TrainPhase(name="t", objective=Classification(vit(), nn.CrossEntropyLoss()))
+    assert make_optimizer(phase, recipe).defaults["fused"]
+    fused, plain = vit(), vit()
+    train(fused, recipe)
+    train(plain)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_training_learns_the_same_and_leaves_nothing_compiled():
+    compiled, plain = vit(), vit()
+    with execution.compiled_blocks(compiled, wanted=True):
+        (log,), _ = train(compiled)
+    (expected,), _ = train(plain)
+    for one, other in zip(expected.curve, log.curve, strict=True):
+        assert other["classification"] == pytest.approx(one["classification"], rel=1e-3)
+    assert log.macs == expected.macs
+    assert all(module._compiled_call_impl is None for module in compiled.modules())
+
+
+def test_training_costs_three_forwards_and_the_teacher_one():
+    forward = sum(p.numel() for p in vit().parameters() if p.ndim == 2) * 37
+    (log,), _ = train(vit())
+    assert log.macs / log.images == pytest.approx(3 * forward, rel=0.2)
+    assert log.peak_memory > 1e8
+    assert log.device_hours == pytest.approx(log.seconds / 3600, abs=1e-6)
+
+
+# What phases make, kept for other cells.
+
+
+def test_phases_results_are_reused_and_charged(tmp_path, tiny_data, stages_file):
+    """`stages` gives its first phase a key: another cell that would make the same takes it, another seed does not. Then the
+    phase's result is given as a file."""
+    content = tiny_spec(tiny_data, plugins=[str(stages_file)], entries=[{"method": "stages"}])
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    first = bench("--spec", tmp_path / "a.yaml", "--results", tmp_path / "r", "--seeds", "0,1")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "is taken from" not in first.stdout
+    artifacts = sorted((tmp_path / "r" / "checkpoints" / "artifacts").iterdir())
+    assert len(artifacts) == 2
+    one = stages_record(tmp_path / "r" / "a", 0)
+    checkpoint = tmp_path / "r" / "checkpoints" / f"{one['weights_id']}.pt"
+    for path in (checkpoint, tmp_path / "r" / "a" / f"{one['id']}.json"):
+        path.unlink()
+    again = bench("--spec", tmp_path / "a.yaml", "--results", tmp_path / "r", "--seeds", "0,1")
+    assert "phase warm is taken from artifact warm" in again.stdout
+    other = stages_record(tmp_path / "r" / "a", 0)
+    assert other["weights_sha256"] == one["weights_sha256"]
+    charged, paid = other["phases"][0], one["phases"][0]
+    assert charged.pop("source") == "artifact warm"
+    assert paid.pop("source") is None
+    assert charged == paid
+
+    content["entries"] = [{"method": "stages", "phases": {"warm": "given.state"}}]
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(content))
+    lost = bench("--spec", tmp_path / "b.yaml", "--results", tmp_path / "r")
+    assert (lost.returncode, lost.stderr.strip()) == (2, "error: stages: phases.warm given.state: no such file")
+    shutil.copy(artifacts[0], tmp_path / "given.state")
+    given = bench("--spec", tmp_path / "b.yaml", "--results", tmp_path / "r")
+    assert "phase warm is taken from given.state" in given.stdout
+    assert stages_record(tmp_path / "r" / "b", 0)["weights_id"] != one["weights_id"]
+
+
+def stages_record(folder, seed):
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    (found,) = [r for r in records if r["kind"] == "train" and r["label"] == "stages" and r["seed"] == seed]
+    return found
+
+
+def test_a_phase_that_is_not_there_cannot_be_given(tmp_path):
+    with pytest.raises(UserError, match="no phase 'prune'; it has train"):
+        train(vit(), given={"prune": tmp_path / "x"})
+
+
+# The log.
+
+
+def test_tensorboard_needs_its_package(tmp_path, tiny_spec_file):
+    if importlib.util.find_spec("tensorboard") is not None:
+        pytest.skip("tensorboard is installed")
+    done = bench("--spec", tiny_spec_file, "--set", "train.tensorboard=true", "--results", tmp_path)
+    assert done.returncode == 2
+    assert "pip install tensorboard" in done.stderr
