@@ -51,7 +51,9 @@ def run(
     set_: Sets = None,
     seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds, instead of the spec's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of training and measuring: auto, float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of training and measuring: auto, float32, bfloat16 or float16.")
+    ] = None,
     data_root: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where the images are, instead of the card's root.")
     ] = None,

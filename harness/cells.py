@@ -45,13 +45,14 @@ class Run:
         rows: list[tuple[str, methods.Method, dict[str, str]]] = []
         for entry in (*baseline_entries(), *self.entries):
             for label, method in expand(entry):
-                if any(method.name == m.name and method.settings == m.settings for _, m, _ in rows):
+                given = self._given(entry)
+                if any(method.name == m.name and method.settings == m.settings and given == g for _, m, g in rows):
                     continue
                 if any(label == other for other, _, _ in rows):
                     raise UserError(
                         f"{self.name}: two rows are called {label!r}; give one of the entries another label"
                     )
-                rows.append((label, method, self._given(entry)))
+                rows.append((label, method, given))
         return [Cell(label, method, seed, phases) for seed in self.spec.seeds for label, method, phases in rows]
 
     def _given(self, entry: Entry) -> dict[str, str]:

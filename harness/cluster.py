@@ -71,6 +71,12 @@ class Cluster:
             distributed.all_reduce(summed)
         return summed
 
+    def make_same(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's values, in place: what each computed by itself may differ in its last bit."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums the gradients over all processes, some at a time so that few messages are sent. A parameter without a gradient here,
         which may have one elsewhere, counts as zero."""
@@ -139,11 +145,15 @@ def join(device: str) -> tuple[Cluster, str]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:"):
+        raise UserError(
+            f"--device {device}: {size} processes need a GPU each; say cuda, and start as many as there are"
+        )
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local} of this machine has no GPU of its own: it has {torch.cuda.device_count()}; start as many"
-            )
+        visible = torch.cuda.device_count()
+        local = 0 if visible == 1 else local  # Slurm may show every task its own GPU alone
+        if local >= visible:
+            raise UserError(f"process {local} of this machine has no GPU of its own: it has {visible}; start as many")
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     # Numbers and objects on the host travel by gloo, gradients on GPUs by NCCL.

@@ -59,7 +59,7 @@ class Identity:
             "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
         }  # fmt: skip
         if cell.phases:
-            content |= {"phases": {phase: _file_digest(file) for phase, file in sorted(cell.phases.items())}}
+            content |= {"phases": _digests(cell)}
         if self.needs_dense(cell):
             content |= {"dense": self.weights_id(self.dense_cell(cell)), "teacher": self.has_teacher(cell)}
         return identify(content)
@@ -71,6 +71,7 @@ class Identity:
         return self._setting | {
             "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
             "dense": dense, "teacher": self.has_teacher(cell), "method": cell.method.name, "revision": cell.method.revision,
+            "given": _digests(cell),
         }  # fmt: skip
 
     def method_of(self, cell: Cell) -> dict[str, Any]:
@@ -102,6 +103,11 @@ class Identity:
         if cell.method.start == "dense":
             return self.spec.adapt_recipe, budget.adapt_epochs
         return self.spec.recipe, budget.epochs + (0.0 if self.is_dense(cell) else budget.adapt_epochs)
+
+
+def _digests(cell: Cell) -> dict[str, str]:
+    """What tells the files given for phases from others."""
+    return {phase: _file_digest(file) for phase, file in sorted(cell.phases.items())}
 
 
 @cache

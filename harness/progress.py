@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from harness.training.engine import Progress
+    from harness.training.setup import Progress
 
 PLAIN_SECONDS = 15.0  # between two lines about the same phase where there is no terminal
 

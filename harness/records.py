@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -157,6 +158,12 @@ class Store:
         record = {"id": record_id, "kind": "failure", "reason": reason, "message": message, **content}
         write_atomically(path, _dump(record))
         return path
+
+    def forget(self, record_id: str, weights_id: str) -> None:
+        """Removes a train record, its checkpoint, and the state of a training under way."""
+        (self.folder / f"{record_id}.json").unlink(missing_ok=True)
+        self.checkpoint(weights_id).unlink(missing_ok=True)
+        shutil.rmtree(self.snapshots(weights_id), ignore_errors=True)
 
     def forget_failures(self, record_id: str) -> None:
         """A cell that succeeded, or is to be tried afresh, has no failed attempts any more."""

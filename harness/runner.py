@@ -70,7 +70,9 @@ class Runner:
 
     def _check_what_all_need(self) -> None:
         for key, recipe in (("recipe", self.spec.recipe), ("adapt", self.spec.adapt_recipe)):
-            check_recipe(recipe, key)
+            check_recipe(recipe, key, self.plan.device)
+        if self.spec.compile:
+            execution.require_compiler(self.plan.device)
         if self.spec.train.tensorboard:
             require_tensorboard()
         vit = self.trainer.build(0, 0.0)
@@ -95,10 +97,10 @@ class Runner:
             return False
         except Exception as error:
             reason, message = _reason(error), " ".join(str(error).split())[:500] or type(error).__name__
+            self._only_if_agreed(error)
             if self.cluster.is_first:
                 path = self._keep_failure(cell, record_id, reason, message)
                 self.reporter.done(f"{name}: FAILED ({reason}: {message}); details in {path.name}")
-            self._only_if_agreed(error)
             return False
         if self.cluster.is_first:
             self.store.forget_failures(record_id)
@@ -107,8 +109,9 @@ class Runner:
         return True
 
     def _only_if_agreed(self, error: Exception) -> None:
-        """Several processes go on after an error only together: where one has an error of its own, the others would wait for it."""
-        if self.cluster.size > 1 and not is_agreed(error):
+        """Several processes go on after an error only together: where one has an error of its own, the others would wait for it.
+        Then all end, nothing is noted, and the same command goes on."""
+        if self.cluster.size > 1 and not is_agreed(error) and not isinstance(error, methods.Unsupported):
             raise error
 
     def _failed_before(self, record_id: str) -> str | None:
@@ -119,7 +122,9 @@ class Runner:
         return f"{failures[-1]['reason']}: {failures[-1]['message']}" if failures else None
 
     def _present(self, cell: Cell, record_id: str) -> dict[str, Any] | None:
-        record = None if self.fresh else self.store.read(record_id)
+        if self.fresh:  # then the same command without --fresh goes on where this one stops
+            self.store.forget(record_id, self.identity.weights_id(cell))
+        record = self.store.read(record_id)
         if record is not None and record["label"] != cell.label:  # a row may be renamed; what was measured stays
             record["label"] = cell.label
             self.store.write(record)
@@ -140,7 +145,7 @@ class Runner:
     def _train_record(self, cell: Cell, record_id: str, name: str) -> dict[str, Any]:
         if self.cluster.is_first:
             workers.start_server()  # it imports while this process trains
-        trained = self.trainer.weights(cell, name, self.fresh)
+        trained = self.trainer.weights(cell, name)
         self.reporter.begin(name, "evaluating")
         deployed = cell.method.deploy(trained.sparse)
         results = {
@@ -257,7 +262,7 @@ def _summary(report: methods.Report) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     if execution.is_out_of_memory(error):
         return "memory"
-    if isinstance(error, workers.Died):
+    if isinstance(error, workers.Died) or "DataLoader worker" in str(error):
         return "crash"
     if isinstance(error, Diverged | FloatingPointError):
         return "divergence"

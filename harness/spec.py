@@ -116,7 +116,8 @@ class Recipe(Strict):
 
 
 class Training(Strict):
-    """What training does besides learning; none of it changes what comes out, but for rounding.
+    """What training does besides learning; none of it changes what comes out, but for rounding (and but for micro_batch where
+    there is drop path or dropout, whose dice are a micro-batch's).
 
     checkpoint_steps, checkpoint_minutes: how often the state is saved (None: not by that); keep: how many states stay.
     micro_batch: images at once per process, None: all of its share; where memory runs out it is halved.

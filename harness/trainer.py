@@ -22,9 +22,10 @@ from harness.identity import Identity
 from harness.progress import Reporter
 from harness.records import Store, write_atomically
 from harness.training.artifacts import Artifacts
-from harness.training.engine import Training, budget_steps, run_phases
+from harness.training.engine import run_phases
 from harness.training.journal import Journal
 from harness.training.optimizers import fuse_norms, make_criterion, restore_norms
+from harness.training.setup import Training, budget_steps
 from harness.training.snapshots import Snapshots
 
 REPORTED_IMAGES = 8  # on which the log says what the model keeps
@@ -62,16 +63,16 @@ class Trainer:
         self.spec = identity.spec
         self._trained: dict[str, Trained] = {}
 
-    def weights(self, cell: Cell, name: str, again: bool = False) -> Trained:
-        """The cell's trained model, whose checkpoint is there afterwards. again: train it even if it is there."""
+    def weights(self, cell: Cell, name: str) -> Trained:
+        """The cell's trained model, whose checkpoint is there afterwards."""
         weights_id = self.identity.weights_id(cell)
         path = self.store.checkpoint(weights_id)
         is_there = self.cluster.share(path.exists)
         if is_there and weights_id in self._trained:
             return self._trained[weights_id]
-        trained = self._load(cell, path) if is_there and not again else None
+        trained = self._load(cell, path) if is_there else None
         if trained is None:
-            trained = self._train(cell, name, again)
+            trained = self._train(cell, name)
             self.cluster.share(lambda: _write_checkpoint(path, trained))
         if self.cluster.is_first:
             self._snapshots(weights_id).remove()  # also those of a process killed between the two
@@ -107,7 +108,7 @@ class Trainer:
         on_device = [model.to(self.plan.device).eval() if model is not None else None for model in (sparse, averaged)]
         return Trained(on_device[0], phases, on_device[1])
 
-    def _train(self, cell: Cell, name: str, again: bool) -> Trained:
+    def _train(self, cell: Cell, name: str) -> Trained:
         recipe, epochs = self.identity.training_of(cell)
         if self.identity.is_dense(cell) and self.spec.dense.weights:
             return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
@@ -115,25 +116,24 @@ class Trainer:
         sparse = self._sparse(cell, dense if cell.method.start == "dense" else None).to(self.plan.device)
         teacher = to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
         self.reporter.begin(name, "training")
+        self.data.forget_unreadable()
         fuse_norms(sparse, recipe)
         with execution.compiled_blocks(sparse, self.plan.compiled):
             phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
             steps = budget_steps(self.data, recipe, epochs, self.spec.budget.max_steps)
-            training = self._training(cell, steps, again, self._reported(cell, sparse))
+            training = self._training(cell, steps, self._reported(cell, sparse))
             logs, averaged = run_phases(sparse, phases, training)
         for model in (sparse, averaged):
             if model is not None:
                 restore_norms(model.eval(), recipe)
         return Trained(sparse, [asdict(log) for log in logs], averaged)
 
-    def _training(self, cell: Cell, steps: int, again: bool, reported: Callable[[], dict[str, float]]) -> Training:
+    def _training(self, cell: Cell, steps: int, reported: Callable[[], dict[str, float]]) -> Training:
         """Everything around the steps: where the state and the log are kept, which results of phases are there already."""
         weights_id, options = self.identity.weights_id(cell), self.spec.train
         snapshots = self._snapshots(weights_id)
-        if again:
-            self.cluster.share(snapshots.remove)
         journal = Journal(self.store.log(weights_id), options.tensorboard) if self.cluster.is_first else Journal()
-        artifacts = None if again else Artifacts(self.store.artifacts, self.identity.artifact_context(cell))
+        artifacts = None if self.fresh else Artifacts(self.store.artifacts, self.identity.artifact_context(cell))
         return Training(
             self.identity.training_of(cell)[0], self.data, self.plan, cell.seed, steps, options, self.spec.data.max_unreadable,
             self.cluster, self.reporter.watch, self.reporter.say, journal, snapshots, artifacts,

@@ -28,8 +28,11 @@ class Died(RuntimeError):
     """A process ended before it had sent all results; killed: by a signal that the system sends when memory runs out."""
 
     def __init__(self, message: str, killed: bool) -> None:
-        super().__init__(message)
+        super().__init__(message, killed)
         self.killed = killed
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def start_server() -> None:

@@ -1,6 +1,9 @@
 """Data: cards and their errors, folders, and batches that do not depend on workers."""
 
+import io
+import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -19,8 +22,8 @@ PLAIN = {"auto_augment": None, "color_jitter": 0, "random_erasing": 0, "mixup": 
 CPU = torch.device("cpu")
 
 
-def opened(card, root=None, **changes):
-    return open_data(Data(card=str(card), **({"workers": 0} | changes)), ROOT, root and str(root))
+def opened(card, root=None, crop="none", **changes):
+    return open_data(Data(card=str(card), **({"workers": 0} | changes)), ROOT, root and str(root), crop)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,8 @@ def wrong_cases():
         "unknown reader": ({"reader": "fodler"}, "tree", "unknown reader 'fodler'; allowed: npz, folder, torch/NAME"),
         "another way to say folder": ({"reader": "torch/image_folder"}, "tree", "write reader: folder"),
         "checksum of a folder": ({"sha256": "0" * 64}, "tree", "sha256 is for reader: npz"),
-        "no hub package": ({"reader": "wds/x"}, "tree", "pip install webdataset"),
+        "no hub package": ({"reader": "tfds/x"}, "tree", "pip install tensorflow_datasets"),
+        "no shards": ({"reader": "wds/x"}, "tree", "no shard matches *train*.tar"),
     }
 
 
@@ -346,3 +350,57 @@ def test_every_image_and_every_epoch_has_dice_of_its_own(changed_tree, card, cha
     assert len({image.numpy().tobytes() for image in first.images}) > 12
     order = [first.images[first.keys.argsort()], second.images[second.keys.argsort()]]
     assert sum(torch.equal(one, other) for one, other in zip(*order, strict=True)) < 6
+
+
+def shards(folder, split, classes, per_shard=6, grey=()):
+    """WebDataset shards with a picture and a label per sample; pictures are 40 x 32 pixels of one brightness."""
+    for number in range(2):
+        with tarfile.open(folder / f"set-{split}-{number:04d}.tar", "w") as archive:
+            for sample in range(per_shard):
+                index = number * per_shard + sample
+                picture = io.BytesIO()
+                Image.new("RGB", (40, 32), (index * 20,) * 3).save(picture, "PNG")
+                label = str(index % classes) if sample % 2 else json.dumps({"label": index % classes})
+                for name, content in (
+                    ("png", picture.getvalue() if index not in grey else b"no picture"), ("cls" if sample % 2 else "json", label.encode()),
+                ):  # fmt: skip
+                    member = tarfile.TarInfo(f"{split}/{index:05d}.{name}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("pattern", ["train", "set-train-{0000..0001}.tar", "set-train-*.tar"])
+def test_shards_are_read_at_any_place(tmp_path, card, pattern):
+    shards(tmp_path, "train", 3)
+    shards(tmp_path, "test", 3, per_shard=2)
+    chosen = card(reader="wds/x", classes=3, splits={"train": pattern, "test": "test"})
+    data = opened(chosen, tmp_path, crop="resized")
+    assert data.train.labels.tolist() == [0, 1, 2] * 4
+    assert [data.train.dataset[index][0].getpixel((0, 0))[0] for index in (11, 0, 7)] == [220, 0, 140]
+    (batch,) = data.train_batches(Recipe(batch_size=8, mixup=0, cutmix=0, **AUGMENTED_LITTLE), 0, 0, 1, CPU)
+    assert batch.targets.tolist() == (batch.keys % 3).tolist()
+    in_memory = opened(chosen, tmp_path)
+    assert in_memory.train.images.float().mean(dim=(1, 2, 3)).tolist() == [index * 20 for index in range(12)]
+
+
+AUGMENTED_LITTLE = {"auto_augment": None, "color_jitter": 0, "random_erasing": 0}
+
+
+def test_shards_that_are_wrong_are_told(tmp_path, card):
+    shards(tmp_path, "train", 2)
+    shards(tmp_path, "test", 2)
+    missing = {"train": "set-train-{0000..0002}.tar", "test": "test"}
+    with pytest.raises(UserError, match=r"the shard set-train-0002\.tar is missing"):
+        opened(card(reader="wds/x", splits=missing), tmp_path)
+    (tmp_path / "set-train-0001.tar").write_bytes(b"text" * 300)
+    with pytest.raises(UserError, match=r"set-train-0001\.tar: not a readable shard"):
+        opened(card(reader="wds/x"), tmp_path)
+
+
+def test_a_damaged_image_in_a_shard_is_named_and_replaced(tmp_path, card):
+    shards(tmp_path, "train", 2, grey=(3,))
+    shards(tmp_path, "test", 2)
+    data = opened(card(reader="wds/x", classes=2), tmp_path)
+    assert list(data.unreadable) == [3]
+    assert "set-train-0000.tar:train/00003" in data.unreadable[3]
+    assert data.train.labels.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1, 0, 1]

@@ -62,7 +62,7 @@ def killed_at(event: int) -> None:
             (path.parent / f".{path.name}.half").write_bytes(content[: len(content) // 2])
 
     before(stepper.Stepper, "step")
-    before(engine._Run, "_spend")
+    before(engine.Run, "_spend")
     before(records, "_write", write_half)
     before(records.os, "replace")
     before(records, "_sync_folder")

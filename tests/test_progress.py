@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from harness.progress import Reporter
-from harness.training.engine import Progress
+from harness.training.setup import Progress
 
 
 def told(terminal: bool) -> str:

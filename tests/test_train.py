@@ -13,8 +13,9 @@ from harness import device
 from harness.errors import UserError
 from harness.rules import RECIPE, random_data
 from harness.spec import Recipe
-from harness.training.engine import Training, budget_steps, run_phases
+from harness.training.engine import run_phases
 from harness.training.optimizers import make_criterion, make_optimizer
+from harness.training.setup import Training, budget_steps
 from harness.training.stepper import Diverged
 from methods.core.objective import Classification
 
@@ -71,16 +72,17 @@ def test_a_second_train_phase_goes_on_with_therandom_data():
     class Remember(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight, self.ids = nn.Parameter(torch.zeros(1)), []
+            self.weight, self.ids = nn.Parameter(torch.zeros(1)), {}
 
         def forward(self, images, targets, noise):
-            self.ids.append(noise.keys.tolist())
+            if len(images) == RECIPE.batch_size:  # not the few images by which multiply-adds are counted
+                self.ids[noise.step] = noise.keys.tolist()
             return {"loss": self.weight.sum()}
 
     whole, halves = Remember(), [Remember(), Remember()]
     run([methods.TrainPhase(name="a", objective=whole)], steps=8)
     run([methods.TrainPhase(name=str(i), objective=half, share=0.5) for i, half in enumerate(halves)], steps=8)
-    assert halves[0].ids + halves[1].ids == whole.ids
+    assert halves[0].ids | halves[1].ids == whole.ids
 
 
 def test_the_learning_rate_warms_up_and_falls_and_groups_scale_and_freeze_it():

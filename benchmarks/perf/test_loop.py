@@ -20,8 +20,9 @@ from harness import models
 from harness.cells import load_run
 from harness.data.dataset import ImageData, open_data
 from harness.spec import Recipe, find_spec
-from harness.training.engine import Training, run_phases
+from harness.training.engine import run_phases
 from harness.training.optimizers import Schedule, make_criterion, make_optimizer
+from harness.training.setup import Training
 
 STEPS, ROUNDS = 60, 7
 

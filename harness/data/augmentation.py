@@ -63,9 +63,10 @@ class Keyed(Dataset):
 
 
 def leave_signals(_: int) -> None:
-    """In a process that decodes: Ctrl-C is the parent's business, and a termination needs no ceremony."""
+    """In a process that decodes: a signal to the whole group is the parent's business, which saves its state first. Without a
+    parent these processes end by themselves."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def training_transform(recipe: Recipe, image_size: int) -> Callable[[Image.Image], Any]:

@@ -17,7 +17,7 @@ from methods.core.registry import unknown
 CARD_FOLDER = ROOT / "datasets"
 ROOT_VARIABLE = "SPARSE_VIT_BENCH_DATA"
 
-READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's, each followed by a name
+READERS = ("torch", "hfds", "hfids", "tfds", "wds")  # each followed by a name
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -33,12 +33,13 @@ class Card(Strict):
     """A data set.
 
     reader: "npz" (arrays {split}_images [N, H, W] or [N, H, W, 3] uint8 and {split}_labels [N]), "folder" (an ImageFolder
-        tree), or any of timm's reader names: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME.
+        tree), wds/NAME (WebDataset shards, see harness/data/shards.py; the splits are patterns of file names), or any of timm's
+        reader names: torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME.
     root: file or folder, relative to the card; --data-root replaces it; without one the environment variable
         SPARSE_VIT_BENCH_DATA is asked. options: further arguments of timm's reader.
     sha256: of the .npz file, checked on load.
     classes: their number; None: as many as the training split has. val_fraction: share of the training split held out
-        for curves and tuning. sizes: number of images per split, for readers that cannot tell (wds).
+        for curves and tuning. sizes: number of images per split, for readers that cannot tell (hfids).
     crop_pct: evaluation resizes the short side to image_size / crop_pct and crops the centre.
     """
 
@@ -117,7 +118,7 @@ def find_root(card: Card, card_file: Path, data_root: str | None) -> Path | None
             f"{origin}: a folder, but the card {card.name} reads one .npz file; for a folder of class folders add "
             "--set data.card=image-folder"
         )
-    if not root.exists() and not card.download and not card.reader.lower().startswith("wds/"):
+    if not root.exists() and not card.download:
         raise UserError(f"{origin}: no such file or folder")
     return root
 

@@ -70,6 +70,10 @@ class ImageData:
     workers: int = 0
     unreadable: dict[int, str] = field(default_factory=dict, repr=False)
 
+    def forget_unreadable(self) -> None:
+        """Before another training: what it meets is its own."""
+        self.unreadable = dict(getattr(self.train, "unreadable", {}))
+
     @property
     def identity(self) -> dict:
         """What enters the hash of a train record."""
@@ -160,6 +164,8 @@ class ImageData:
         for samples in loader:
             if samples.lost:
                 raise UserError(f"the {which} split: {samples.lost}")
+            if which == "train":
+                self.unreadable |= {key % COPY: wrong for key, wrong in samples.wrong.items()}
             yield Batch(self.normalise(samples.images, device), samples.labels.to(device), samples.keys)
 
     def _is_fast(self, recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from harness.data.shards import Shards
 from harness.errors import UserError
 
 DAMAGED = (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -56,6 +57,8 @@ class Readable:
         samples = getattr(reader, "samples", None)
         if samples is not None:
             return str(Path(samples[index][0]))
+        if isinstance(self.dataset, Shards):
+            return self.dataset.names[index]
         return f"image {index}"
 
     def _next(self, index: int) -> int:

@@ -82,7 +82,9 @@ def _index(shards: Shards, number: int, path: Path) -> None:
                 elif extension in LABELS and key not in labels:
                     labels[key] = _label(archive.extractfile(member).read())
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a readable shard ({' '.join(str(error).split())[:100] or type(error).__name__})") from None
+        raise UserError(
+            f"{path}: not a readable shard ({' '.join(str(error).split())[:100] or type(error).__name__})"
+        ) from None
     for key, (offset, size) in images.items():
         if key not in labels:
             raise UserError(f"{path}: the image {key} has no label (.cls or .json)")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness.data.cards import Card
 from harness.data.readable import Readable, Sample, collate, read_sample
+from harness.data.shards import Shards, open_shards
 from harness.errors import UserError
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
@@ -26,7 +27,6 @@ _FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "valida
 _NEEDED = {
     "hfds": ("datasets", "load_dataset"),
     "hfids": ("datasets", "load_dataset"),
-    "wds": ("webdataset", "WebDataset"),
     "tfds": ("tensorflow_datasets", "builder"),
 }
 
@@ -166,6 +166,8 @@ def _open_reader(card: Card, root: Path | None, which: str) -> Any:
             f"data card {card.name}: the reader {card.reader} needs a package; install it with: pip install {package}"
         )
     split = getattr(card.splits, which)
+    if prefix == "wds":
+        return open_shards(root, split)
     try:
         if card.reader == "folder":
             # torchvision's ImageFolder: a class per folder on the first level, and an error for one without images.
@@ -269,6 +271,8 @@ def _labels_of(dataset: Any) -> Tensor | None:
 
 def _listing(dataset: Any, root: Path | None) -> str:
     """File names, sizes and labels, one image a line; or the labels alone, where there are no files."""
+    if isinstance(dataset, Shards):
+        return dataset.listing
     samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
     if samples is None:
         return " ".join(map(str, _labels_of(dataset).tolist()))

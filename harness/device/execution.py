@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
+
+from harness.errors import UserError
 
 MOST_COPIES = 4096
 CACHES = 2  # rotated inputs fill the last-level cache that many times
@@ -130,15 +134,25 @@ def peak_memory(device: torch.device) -> int | None:
     return None
 
 
+def require_compiler(device: torch.device) -> None:
+    """UserError where torch.compile lacks a C++ compiler for the CPU."""
+    names = (os.environ.get("CXX"), "g++", "c++", "clang++")
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+        raise UserError("compile: true needs a C++ compiler on the CPU, and none was found")
+
+
 @contextlib.contextmanager
 def compiled_blocks(model: torch.nn.Module, wanted: bool) -> Iterator[None]:
-    """The model's transformer blocks compiled, if wanted: one of them stands for all, so that it takes seconds and not minutes. NotAvailable
-    where there is no compiler."""
+    """The model's transformer blocks compiled, if wanted: blocks that are alike share what is compiled (those with drop path are
+    not). NotAvailable where there are none."""
     blocks = [module for module in model.modules() if isinstance(module, Block)] if wanted else []
+    if wanted and not blocks:
+        raise NotAvailable("compile: the model has none of timm's blocks")
     for block in blocks:
         block.compile()
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=4 * len(blocks) + 8) if wanted else contextlib.nullcontext():
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None  # what is evaluated, counted and deployed is not compiled

@@ -17,8 +17,9 @@ from harness.data.cards import Card
 from harness.data.dataset import ImageData
 from harness.data.sources import Arrays
 from harness.spec import Recipe
-from harness.training.engine import PhaseLog, Training, run_phases
+from harness.training.engine import run_phases
 from harness.training.optimizers import make_criterion
+from harness.training.setup import PhaseLog, Training
 from methods import Method
 
 SIZE, CLASSES, IMAGES = 24, 7, 32

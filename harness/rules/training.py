@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import methods
 from harness import models, spec, workers
 from harness.cluster import Cluster
 from harness.rules.subject import CLASSES, RECIPE, STEPS, Broken, Subject, require
-from harness.training.engine import PhaseLog, Progress
+from harness.training.setup import PhaseLog, Progress
 from harness.training.snapshots import Snapshots
 from methods import TrainPhase
 from methods.core.noise import Noise
@@ -72,7 +73,7 @@ def deterministic_by_seed(subject: Subject) -> None:
 
 
 def goes_on_after_an_interruption(subject: Subject) -> None:
-    """Training that is interrupted after every step, and goes on in a new process each time, ends with the same weights: a phase
+    """Training that is interrupted after every step, and goes on with new objects each time, ends with the same weights: a phase
     keeps its state in the objective, in buffers, or in `state`."""
     if subject.backbone != "plain":
         return  # where a method keeps its state does not depend on the backbone
@@ -81,7 +82,8 @@ def goes_on_after_an_interruption(subject: Subject) -> None:
         snapshots = Snapshots(Path(folder), every_steps=1)
         for _ in range(2 * STEPS + 5):
             try:
-                sparse, _ = subject.run(snapshots=snapshots, watch=_stop_at_the_second())
+                again = dataclasses.replace(subject, method=methods.create(subject.method.name, **_settings(subject)))
+                sparse, _ = again.run(snapshots=snapshots, watch=_stop_at_the_second())
             except _Stopped:
                 continue
             ended = models.state_digest(sparse.state_dict())
@@ -105,8 +107,7 @@ def two_processes_equal_one(subject: Subject) -> None:
         method = subject.method
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as threads:
             tasks = [
-                (method.name, method.settings.model_dump(), loaded_plugins(), rank, f"{folder}/meeting")
-                for rank in range(2)
+                (method.name, _settings(subject), loaded_plugins(), rank, f"{folder}/meeting") for rank in range(2)
             ]
             curves = list(threads.map(lambda task: list(workers.results_of(_together, task)), tasks))
         require(curves[0] == curves[1], "two processes that train together do not agree on their losses")
@@ -125,6 +126,10 @@ def _together(task: tuple[str, dict[str, Any], tuple[str, ...], int, str]) -> It
         yield from _curve(logs)
     finally:
         distributed.destroy_process_group()
+
+
+def _settings(subject: Subject) -> dict[str, Any]:
+    return subject.method.settings.model_dump()
 
 
 class _Stopped(Exception):

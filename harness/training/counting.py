@@ -8,6 +8,24 @@ from collections.abc import Iterator
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.data.dataset import Batch
+from harness.device import Plan
+from methods.core.noise import Noise
+from methods.core.pooled import value_of
+
+COUNTED_IMAGES = 2
+
+
+def training_macs(objective: torch.nn.Module, batch: Batch, plan: Plan, most: int | None = None) -> float:
+    """Of a step per image: forward and backward, with the teacher, by a few images (`most` at most) that leave nothing behind."""
+    part, macs = batch.split(min(COUNTED_IMAGES, most or COUNTED_IMAGES))[0], []
+    with counted(macs):
+        with plan.autocast():
+            terms = objective(part.images, part.targets, Noise(0, 0, part.keys))
+        sum(map(value_of, terms.values())).backward()
+    objective.zero_grad(set_to_none=True)
+    return macs[-1] / len(part.images)
+
 
 @contextlib.contextmanager
 def counted(macs: list[float] | None) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""Ctrl-C and termination wait until a step is done, so that the state can be saved. A second Ctrl-C does not wait."""
+"""Ctrl-C and termination wait until a step is done, so that the state can be saved. A second Ctrl-C does not wait; a second
+termination does: schedulers and torchrun tell a process twice."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.asked is not None:
-            self.stop()
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = number
 
     def stop(self) -> None:

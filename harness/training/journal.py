@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.records import write_atomically
 
 STEPPED = "step"
 
@@ -34,15 +35,15 @@ class Journal:
                 entry = _entry(line)
                 if entry and (entry.get("phase_number", 0), entry.get(STEPPED, 0)) <= (phase, step):
                     kept.append(line + "\n")
-        self._write("w", "".join(kept))
+        write_atomically(self.path, "".join(kept).encode())
         if self.tensorboard:
-            self._writer = self._open_tensorboard()
+            self._writer = self._open_tensorboard(step + 1)
 
     def write(self, event: str, **content: Any) -> None:
         """A line. UserError where the file cannot be written."""
         if self.path is None:
             return
-        self._write("a", json.dumps({"event": event, **_finite(content)}, ensure_ascii=False) + "\n")
+        self._append(json.dumps({"event": event, **_finite(content)}, ensure_ascii=False) + "\n")
         if self._writer is not None and STEPPED in content:
             for name, value in {**content, **content.get("terms", {})}.items():
                 if isinstance(value, float) and math.isfinite(value):
@@ -53,19 +54,19 @@ class Journal:
             self._writer.close()
             self._writer = None
 
-    def _write(self, mode: str, text: str) -> None:
+    def _append(self, text: str) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, mode, encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
 
-    def _open_tensorboard(self) -> Any:
+    def _open_tensorboard(self, first: int) -> Any:
+        """first: the step from which on earlier lines no longer count."""
         require_tensorboard()
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(os.fspath(self.path.with_suffix(".tensorboard")))
+        return SummaryWriter(os.fspath(self.path.with_suffix(".tensorboard")), purge_step=first)
 
 
 def require_tensorboard() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,31 +29,44 @@ def make_criterion(recipe: Recipe) -> nn.Module:
     return LabelSmoothingCrossEntropy(recipe.label_smoothing) if recipe.label_smoothing else nn.CrossEntropyLoss()
 
 
-def check_recipe(recipe: Recipe, key: str) -> None:
-    """UserError for an optimizer that does not exist, or kernels that are not installed."""
+def check_recipe(recipe: Recipe, key: str, device: torch.device | None = None) -> None:
+    """UserError for an optimizer that does not exist, or kernels that are not installed or not for this device."""
     known = [*FUSED, *list_optimizers()]
     if recipe.optimizer not in known:
         raise UserError(f"{key}: {unknown('optimizer', recipe.optimizer, known)}")
+    wanted = []
     if recipe.optimizer == "fused_adam":
-        apex("optimizers", "FusedAdam", f"{key}.optimizer: fused_adam", "write fused_adamw for torch's own fused AdamW")
+        wanted.append((f"{key}.optimizer: fused_adam", "write fused_adamw for torch's own fused AdamW"))
+        _built(lambda: _fused_adam([torch.nn.Parameter(torch.zeros(1))], recipe), *wanted[-1])
     if recipe.norm == "fused_layer_norm":
-        apex("normalization", "FusedLayerNorm", f"{key}.norm: fused_layer_norm", "write layer_norm for torch's own")
+        wanted.append((f"{key}.norm: fused_layer_norm", "write layer_norm for torch's own"))
+        _built(lambda: _fused_layer_norm()((8,), eps=1e-6, elementwise_affine=True), *wanted[-1])
+    if wanted and device is not None and device.type != "cuda":
+        raise UserError(f"{wanted[0][0]}: NVIDIA apex's kernels need an NVIDIA GPU; {wanted[0][1]}")
 
 
-def apex(module: str, name: str, wanted_by: str, otherwise: str) -> Any:
-    """A class of NVIDIA apex. UserError where apex is not installed, or where the package of that name is another one: the package
-    index has an `apex` that has nothing to do with it."""
-    try:
-        found = importlib.import_module("apex")
-    except ImportError:
+def _built(make: Callable[[], Any], wanted_by: str, otherwise: str) -> None:
+    """Tries to make something of NVIDIA apex, whose kernels are only looked for then. UserError where that fails: the package index
+    has an `apex` that has nothing to do with it."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
         raise UserError(f"{wanted_by} needs NVIDIA apex, which is not installed; build it from {APEX} "
-                        f"(the package apex of the index is something else), or {otherwise}") from None  # fmt: skip
+                        f"(the package apex of the index is something else), or {otherwise}")  # fmt: skip
     try:
-        return getattr(importlib.import_module(f"apex.{module}"), name)
-    except (ImportError, AttributeError):
-        where = getattr(found, "__file__", None) or "?"
+        make()
+    except Exception as error:  # whatever another package of that name does
+        where = spec.origin or "?"
         raise UserError(f"{wanted_by} needs NVIDIA apex, but the installed package apex ({where}) is not NVIDIA's or was built "
-                        f"without its kernels; build it from {APEX}, or {otherwise}") from None  # fmt: skip
+                        f"without its kernels ({type(error).__name__}); build it from {APEX}, or {otherwise}") from None  # fmt: skip
+
+
+def _fused_adam(parameters: list[Any], recipe: Recipe) -> torch.optim.Optimizer:
+    kind = importlib.import_module("apex.optimizers").FusedAdam
+    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, adam_w_mode=True)
+
+
+def _fused_layer_norm() -> type[nn.Module]:
+    return importlib.import_module("apex.normalization").FusedLayerNorm
 
 
 def make_optimizer(phase: TrainPhase, recipe: Recipe) -> torch.optim.Optimizer:
@@ -72,8 +86,7 @@ def make_optimizer(phase: TrainPhase, recipe: Recipe) -> torch.optim.Optimizer:
                     "params": part, "weight_decay": decay, "lr": recipe.lr, "lr_scale": group.lr_scale, "frozen": group.frozen,
                 })  # fmt: skip
     if recipe.optimizer == "fused_adam":
-        kind = apex("optimizers", "FusedAdam", "optimizer: fused_adam", "write fused_adamw")
-        return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, adam_w_mode=True)
+        return _fused_adam(parameters, recipe)
     if recipe.optimizer == "fused_adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return create_optimizer_v2(parameters, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -104,15 +117,13 @@ def fuse_norms(model: nn.Module, recipe: Recipe) -> None:
     """Lets the model's LayerNorms (not subclasses that do something else) use NVIDIA apex's kernel, where the recipe says so;
     weights and names stay."""
     if recipe.norm == "fused_layer_norm":
-        fused = apex("normalization", "FusedLayerNorm", "norm: fused_layer_norm", "write layer_norm")
-        _exchange(model, {nn.LayerNorm, LayerNorm}, fused)
+        _exchange(model, {nn.LayerNorm, LayerNorm}, _fused_layer_norm())
 
 
 def restore_norms(model: nn.Module, recipe: Recipe) -> None:
     """torch's LayerNorms again: what is counted, timed and deployed has them."""
     if recipe.norm == "fused_layer_norm":
-        fused = apex("normalization", "FusedLayerNorm", "norm: fused_layer_norm", "write layer_norm")
-        _exchange(model, {fused}, nn.LayerNorm)
+        _exchange(model, {_fused_layer_norm()}, nn.LayerNorm)
 
 
 def _exchange(model: nn.Module, kinds: set[type[nn.Module]], new: type[nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.cluster import agreed
 from harness.errors import UserError
 from harness.records import write_atomically
 from methods.core.contract import CollectPhase, Phase, TrainPhase
@@ -40,7 +42,11 @@ def read_state(path: Path) -> dict[str, Any]:
     payload = memoryview(content)[start:]
     if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != content[len(MAGIC) : start]:
         raise Damaged(f"{path}: not a whole file of this project (its checksum is wrong)")
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: the state holds something else than tensors and plain values: {first}") from None
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Snapshots:
     every_seconds: float | None = 600.0
     keep: int = 2
     _last: float = field(default_factory=time.monotonic, init=False)
+    _is_tried: bool = field(default=False, init=False)
 
     def is_due(self, step: int) -> bool:
         """Whether to save after that many steps."""
@@ -60,18 +67,25 @@ class Snapshots:
 
     def save(self, number: int, content: dict[str, Any]) -> None:
         """number: grows from one to the next. UserError where it cannot be written; then the earlier ones are still there."""
-        save_state(self.folder / f"step-{number:09d}.state", content)
+        path = self.folder / f"step-{number:09d}.state"
+        save_state(path, content)
+        if not self._is_tried:  # what cannot be read would be missed only when it is needed
+            read_state(path)
+            self._is_tried = True
         self._last = time.monotonic()
         for path in self._files()[self.keep :]:
             path.unlink(missing_ok=True)
 
     def newest(self) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-        """Files from the newest on with their content, None where it is damaged."""
+        """Files from the newest on with their content, None where it is damaged; such a file is removed."""
         for path in self._files():
             try:
-                yield path, read_state(path)
-            except Exception:  # whatever is wrong with it: the one before may be whole
+                content = read_state(path)
+            except Damaged:
+                path.unlink()
                 yield path, None
+            else:
+                yield path, content
 
     def remove(self) -> None:
         """When the training is done."""
@@ -114,7 +128,7 @@ def restore(model: nn.Module, phases: list[Phase], state: dict[str, Any]) -> Non
                 phase.state.load_state_dict(saved["state"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
-        raise UserError(f"the saved state does not fit this model: {first}") from None
+        raise agreed(UserError(f"the saved state does not fit this model: {first}")) from None
 
 
 def _module_of(phase: Phase) -> nn.Module | None:

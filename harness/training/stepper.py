@@ -18,7 +18,6 @@ from harness.data.order import seed_of
 from harness.device import Plan
 from harness.device.execution import is_out_of_memory, release
 from harness.errors import UserError
-from harness.training.counting import counted
 from methods import TrainPhase
 from methods.core.noise import Noise
 from methods.core.pooled import Pooled, Term, value_of
@@ -50,6 +49,10 @@ class Outcome:
         return sum(self.terms.values())
 
 
+class _NewlyPooled(Exception):
+    """A loss had no pooled terms at first, and has one now."""
+
+
 class Stepper:
     """Makes a phase's steps. micro_batch: images at once in this process; smaller from when memory ran out."""
 
@@ -73,15 +76,10 @@ class Stepper:
             raise agreed(UserError(f"phase {phase.name}: its loss needs all images of a step at once, so it takes one process and no "
                                    "train.micro_batch"))  # fmt: skip
 
-    def step(self, batch: Batch, number: int, macs: list[float] | None = None) -> Outcome:
+    def step(self, batch: Batch, number: int) -> Outcome:
         """The gradient of a step's images, of which `batch` is this process's part, and the optimizer's step. number: of the step
-        in the budget. macs: gets what the gradient takes in this process, if given. NotEnoughMemory where no smaller micro-batch
-        helps."""
-        while True:
-            with counted(macs):
-                terms = self._gradients(batch, number)
-            if terms is not None:
-                break
+        in the budget. NotEnoughMemory where no smaller micro-batch helps."""
+        while (terms := self._gradients(batch, number)) is None:
             self._halve(len(batch.images))
         self.cluster.sum_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
@@ -109,7 +107,11 @@ class Stepper:
             held, sums = looked
             self._is_pooled = bool(sums)
             whole = {name: self.cluster.total(value) for name, value in sums.items()}
-        shares = _unless_out_of_memory(lambda: self._backward(parts, number, held, whole))
+        try:
+            shares = _unless_out_of_memory(lambda: self._backward(parts, number, held, whole))
+        except _NewlyPooled:  # in all processes: they have the same loss
+            self._is_pooled = None
+            return self._gradients(batch, number)
         if self.cluster.any(shares is None):
             return None
         return dict(zip(shares, self.cluster.sums(shares.values()), strict=True))
@@ -138,6 +140,8 @@ class Stepper:
             terms = held or self._forward(part, number, index)
             held, losses = None, []
             for name, term in terms.items():
+                if isinstance(term, Pooled) and name not in whole and (len(parts) > 1 or self.cluster.size > 1):
+                    raise _NewlyPooled(name)
                 if name not in whole:
                     loss = value_of(term) * (len(part.images) / part.of)
                     shares[name] = shares.get(name, 0) + loss.detach()
@@ -168,7 +172,7 @@ class Stepper:
     def _halve(self, images: int) -> None:
         self.phase.objective.zero_grad(set_to_none=True)
         release(self.plan.device)
-        now = min(self.micro_batch or images, images)
+        now = max(self.cluster.gather(min(self.micro_batch or images, images)))  # shares differ in size
         if self.needs_all:
             raise agreed(NotEnoughMemory(f"phase {self.phase.name}: a step of {images} images does not fit into memory, and its loss "
                                          "needs them together; lower recipe.batch_size"))  # fmt: skip

@@ -52,7 +52,8 @@ class TrainPhase:
     groups: what is trained and how fast; None: every parameter that requires a gradient, at scale 1. A parameter in no
         group is never updated.
     before_step, after_step: called with (step, steps), steps counted in this phase from 0. After the step the gradients
-        are still there, the same on all processes. A step whose loss was not finite is skipped, after_step with it.
+        of the groups' parameters are still there, the same on all processes. A step whose loss or gradient was not finite
+        (or beyond float16's range) changes nothing, and after_step is not called.
     state: anything with state_dict / load_state_dict that must survive an interruption besides the objective.
     divisible: False where a loss needs all images of a step at once and no `Pooled` can express it: then a lack of memory
         is an error instead of a reason for smaller micro-batches, and several processes are refused.

@@ -1,0 +1,239 @@
+"""Spends a phase's share of the budget: steps of gradient training, or a pass over the data that collects statistics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.cluster import ALONE, agreed
+from harness.data.dataset import Batch
+from harness.data.order import seed_of
+from harness.data.readable import DataLost
+from harness.errors import UserError
+from harness.training.counting import counted, training_macs
+from harness.training.optimizers import Schedule, make_optimizer
+from harness.training.setup import PhaseLog, Progress
+from harness.training.stepper import Diverged, Outcome, Stepper
+from methods import CollectPhase, TrainPhase
+
+if TYPE_CHECKING:
+    from harness.training.engine import Run
+
+CURVE_POINTS = 100  # at most, per phase, in a record
+LOG_LINES = 1000  # per phase, where the spec does not say otherwise
+REPORTS = 20  # log lines per phase that also say what the model keeps
+WATCH_SECONDS = 1.0  # at least this often, somebody is told how it goes
+
+
+class CollectRun:
+    """One pass that collects statistics under way."""
+
+    def __init__(
+        self, run: Run, phase: CollectPhase, first: int, last: int, log: PhaseLog, settle: Callable[[], None]
+    ) -> None:
+        self.run, self.phase, self.first, self.log, self.settle = run, phase, first, log, settle
+        self.training = run.training
+        self.shared = self.training.cluster if phase.divided else ALONE
+        self.wanted = min((last - first) * self.training.recipe.batch_size, self.training.data.size("train"))
+
+    @torch.no_grad()
+    def go(self, saved: dict[str, Any] | None) -> None:
+        """saved: not None where an earlier run was in this phase; what it gathered is in the module already."""
+        training, log, shared = self.training, self.log, self.shared
+        if saved is not None and shared.size > 1:
+            raise agreed(
+                UserError(f"phase {self.phase.name} was interrupted with one process; go on with one until it is done")
+            )
+        module = self.phase.module.to(training.plan.device).eval()
+        size = -(-training.recipe.batch_size // shared.size)
+        batches = training.data.eval_batches("train", size, training.plan.device, self.wanted, shared, skip=log.images)
+        steps, left = math.ceil(self.wanted / training.recipe.batch_size), self.wanted - log.images
+        for _ in range(math.ceil(math.ceil(left / shared.size) / size)):  # the same number in all processes
+            # What other processes have gathered is only known at the end: with several, a collection begins anew.
+            self.run.pause(log.steps, self.first + log.steps, self._state if shared.size == 1 else None)
+            torch.manual_seed(seed_of(training.seed, self.first, 8, log.steps))
+            batch = next(batches, None)
+            self.run.damage.look(self._write)
+            if batch is not None:
+                self._see(module, batch)
+            log.steps, log.images = log.steps + 1, min(log.images + size * shared.size, self.wanted)
+            training.watch(Progress(self.phase.name, log.steps, steps, None, None))
+
+    def _see(self, module: torch.nn.Module, batch: Batch) -> None:
+        macs = [] if self.log.macs is None else None
+        with counted(macs), self.training.plan.autocast():
+            module(batch.images, batch.targets)
+        if macs:
+            passes = self.training.cluster.size / self.shared.size
+            self.log.macs = macs[-1] / len(batch.images) * self.wanted * passes
+
+    def _write(self, event: str, **content: Any) -> None:
+        self.training.journal.write(event, phase=self.phase.name, phase_number=self.run.number, **content)
+
+    def _state(self) -> dict[str, Any]:
+        self.settle()
+        return {}
+
+
+class TrainRun:
+    """One phase of gradient training under way."""
+
+    def __init__(
+        self, run: Run, phase: TrainPhase, first: int, last: int, log: PhaseLog, settle: Callable[[], None]
+    ) -> None:
+        self.run, self.phase, self.first, self.log, self.settle = run, phase, first, log, settle
+        self.training, self.steps = run.training, last - first
+        if self.steps < 1:
+            raise agreed(UserError(f"the budget gives phase {phase.name!r} no step; raise budget.adapt_epochs"))
+        recipe, training = self.training.recipe, self.training
+        if 1 < training.cluster.size > min(recipe.batch_size, len(training.data.train_ids)) // 2:
+            raise agreed(
+                UserError(f"recipe.batch_size {recipe.batch_size} is too small for {training.cluster.size} processes")
+            )
+        self.objective = phase.objective.to(training.plan.device).train()
+        self.optimizer = make_optimizer(phase, recipe)
+        self.schedule = Schedule(self.optimizer, recipe, self.steps, training.data.steps_per_epoch(recipe.batch_size))
+        self.stepper = Stepper(
+            phase,
+            self.optimizer,
+            training.plan,
+            training.seed,
+            recipe.clip_grad,
+            training.options.micro_batch,
+            training.cluster,
+        )
+        self.in_a_row = 0
+        if training.options.micro_batch:
+            log.micro_batch = training.options.micro_batch
+
+    def go(self, saved: dict[str, Any] | None) -> None:
+        """saved: the state of this phase in an earlier run."""
+        training, log = self.training, self.log
+        if saved is not None:
+            self._restore(saved)
+        elif training.recipe.ema:
+            self.run.average()
+        else:
+            self.run.ema = None
+        self._began = self._told = time.perf_counter()
+        self._told_images, self._before = log.images, log.seconds
+        batches = training.data.train_batches(
+            training.recipe, training.seed, self.first + log.steps, self.first + self.steps, training.plan.device,
+            training.cluster,
+        )  # fmt: skip
+        for step in range(log.steps, self.steps):
+            self.run.pause(step, self.first + step, self._state)
+            batch = self._next(batches)
+            self._step(step, batch)
+            if log.macs is None:  # every step costs what the first one does; it has shown how many images fit
+                macs = training_macs(self.objective, batch, training.plan, self.stepper.micro_batch)
+                log.macs = macs * batch.of * self.steps
+        self.objective.eval()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. UserError where data has gone, or too much is damaged, in any process."""
+        started, lost, batch = time.perf_counter(), "", None
+        try:
+            batch = next(batches)
+        except DataLost as error:
+            lost = str(error)
+        self.log.data_wait_seconds = round(self.log.data_wait_seconds + time.perf_counter() - started, 4)
+        self.run.damage.look(self._write, lost)
+        return batch
+
+    def _write(self, event: str, **content: Any) -> None:
+        self.training.journal.write(event, phase=self.phase.name, phase_number=self.run.number, **content)
+
+    def _step(self, step: int, batch: Batch) -> None:
+        rate = self.schedule.set(step)
+        self._hook(self.phase.before_step, step)
+        before = self.stepper.micro_batch
+        outcome = self.stepper.step(batch, self.first + step)
+        if self.stepper.micro_batch != before:
+            self._divided()
+        if outcome.skipped:
+            self._skipped(step, outcome)
+        elif outcome.overflowed:
+            self.log.overflowed += 1
+        else:
+            self.in_a_row = 0
+            if self.run.ema:
+                self.run.ema.decay = max(1 - 1 / max(self.training.recipe.ema * self.steps, 1.0), 0.0)
+                self.run.ema.update(self.run.model)
+            self._hook(self.phase.after_step, step)
+        self.log.steps, self.log.images = step + 1, self.log.images + batch.of
+        self._tell(step, outcome, rate)
+
+    def _hook(self, hook: Callable[[int, int], None] | None, step: int) -> None:
+        if hook is not None:
+            torch.manual_seed(seed_of(self.training.seed, self.first + step, 6))  # the same in all processes
+            hook(step, self.steps)
+
+    def _divided(self) -> None:
+        self.log.micro_batch = self.stepper.micro_batch
+        line = f"out of memory: {self.log.micro_batch} images at a time from now on"
+        self.training.say(f"phase {self.phase.name}: {line}")
+        self._write("memory", micro_batch=self.log.micro_batch)
+
+    def _skipped(self, step: int, outcome: Outcome) -> None:
+        """Counts a step whose loss or gradient was not finite. Diverged after too many in a row."""
+        self.log.skipped, self.in_a_row = self.log.skipped + 1, self.in_a_row + 1
+        what = (
+            f"the loss is not a number ({outcome.terms})"
+            if not math.isfinite(outcome.loss)
+            else "the gradient is not finite"
+        )
+        self._write("skipped", step=step + 1, reason=what)
+        if self.in_a_row > self.training.options.max_skipped:
+            raise agreed(Diverged(f"phase {self.phase.name}, step {step + 1}: {what}, {self.in_a_row} steps in a row"))
+
+    def _tell(self, step: int, outcome: Outcome, rate: float) -> None:
+        """The curve for the record, lines for the log, and whoever watches."""
+        log, training, now = self.log, self.training, time.perf_counter()
+        is_last = step == self.steps - 1
+        is_point = is_last or step % max(math.ceil(self.steps / CURVE_POINTS), 1) == 0
+        every = training.options.log_steps or max(self.steps // LOG_LINES, 1)
+        speed = (log.images - self._told_images) / max(now - self._told, 1e-9)
+        if is_point:
+            terms = {name: _short(value) for name, value in outcome.terms.items()}
+            log.curve.append({"step": step + 1, "lr": _short(rate), **terms})
+        if training.journal.is_kept and (is_last or step % every == 0):
+            wait = log.data_wait_seconds / max(self._before + now - self._began, 1e-9)
+            self._write(
+                "step", step=step + 1, loss=outcome.loss, terms=outcome.terms, lr=rate, gradient_norm=outcome.norm,
+                images_per_second=round(speed, 1), data_wait=round(wait, 4), **self._kept(step, every),
+            )  # fmt: skip
+        if is_point or now - self._told >= WATCH_SECONDS:
+            training.watch(Progress(self.phase.name, step + 1, self.steps, outcome.loss, speed))
+        if now - self._told >= WATCH_SECONDS:
+            self._told, self._told_images = now, log.images
+
+    def _kept(self, step: int, every: int) -> dict[str, float]:
+        """What the model keeps just now, for some of the log's lines."""
+        line, lines = step // every, max(self.steps // every, 1)
+        if step < self.steps - 1 and line % max(lines // REPORTS, 1):
+            return {}
+        kept = self.training.reported()
+        self.objective.train()  # what a model keeps is asked in evaluation mode
+        return kept
+
+    def _state(self) -> dict[str, Any]:
+        """The state after the steps that are done."""
+        self.settle()
+        return {
+            "optimizer": self.optimizer.state_dict(), "scaler": self.stepper.scaler.state_dict(),
+            "micro_batch": self.stepper.micro_batch, "in_a_row": self.in_a_row,
+        }  # fmt: skip
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.stepper.scaler.load_state_dict(saved["scaler"])
+        self.stepper.micro_batch, self.in_a_row = saved["micro_batch"], saved["in_a_row"]
+
+
+def _short(value: float) -> float | str:
+    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
