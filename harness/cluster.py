@@ -75,7 +75,10 @@ class Cluster:
         """Gives all processes the first one's values, in place: what each computed by itself may differ in its last bit."""
         if self.size > 1:
             for tensor in tensors:
-                distributed.broadcast(tensor, 0)
+                whole = tensor.contiguous()
+                distributed.broadcast(whole, 0)
+                if whole is not tensor:
+                    tensor.copy_(whole)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sums the gradients over all processes, some at a time so that few messages are sent. A parameter without a gradient here,

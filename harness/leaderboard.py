@@ -43,6 +43,9 @@ class Row:
     speeds: dict[Timing, Speed] = field(default_factory=dict)
     verdict: str | None = None  # why it is slower than its formula
     is_reference: bool = False
+    ema_top1: float | None = None  # of the averaged weights; None where a seed has none
+    training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
+    device_hours: float | None = None
 
 
 @dataclass
@@ -133,10 +136,23 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
         macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
         params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=_is_reference(first),
     )  # fmt: skip
+    row.ema_top1 = _mean([record.get("ema_top1") for record in found])
+    row.training_macs = _mean([_sum(record, "macs") for record in found])
+    row.device_hours = _mean([_sum(record, "device_hours") for record in found])
     if reference is not None and not row.is_reference:
         _compare(row, found, reference)
     row.speeds = _speeds(row, found, measures)
     return row
+
+
+def _sum(record: Record, key: str) -> float | None:
+    """Over the phases of a cell; None where one does not say, or there was no training."""
+    values = [phase.get(key) for phase in record.get("phases", [])]
+    return sum(values) if values and None not in values else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return statistics.mean(values) if None not in values else None
 
 
 def _compare(row: Row, found: list[Record], reference: list[Record]) -> None:

@@ -102,7 +102,12 @@ def _cells(table: Table) -> list[list[str]]:
     """Head and rows of a table, as text."""
     head = ["method", "seeds", "top-1 %", "Δ dense+", "GMACs dense", "theory", "run", "params M"]
     head += [f"latency, {name}" for name in column_names(table.timings).values()]
-    return [head, *[[*_facts(row), *[_speed(row, timing) for timing in table.timings]] for row in table.rows]]
+    rows = [[*_facts(row), *[_speed(row, timing) for timing in table.timings]] for row in table.rows]
+    if any(row.ema_top1 is not None for row in table.rows):  # beside the raw weights' accuracy
+        head.insert(3, "averaged weights %")
+        for cells, row in zip(rows, table.rows, strict=True):
+            cells.insert(3, f"{row.ema_top1 * 100:.2f}" if row.ema_top1 is not None else "")
+    return [head, *rows]
 
 
 def _facts(row: Row) -> list[str]:
@@ -164,7 +169,8 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "settings": row.settings, "seeds": len(row.seeds), "top1": row.top1, "top1_interval": row.top1_interval,
                 "top5": row.top5, "difference": row.difference, "p_value": row.p_value, "macs_dense": row.macs_dense,
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
-                "params_nonzero": row.params_nonzero, "pareto": row.pareto, **(table.timed_on or {}),
+                "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
+                "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from conftest import ROOT, bench, tiny_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.cluster import Cluster
+import methods
+from harness import device, workers
+from harness.cluster import ALONE, Cluster
+from harness.rules import RECIPE, random_data
+from harness.training.engine import run_phases
+from harness.training.setup import Training
+from methods.core.pooled import total
 
 
 @given(batch=st.integers(2, 64), size=st.integers(1, 8))
@@ -181,3 +188,46 @@ def test_a_batch_script_without_a_step_is_one_process():
     environment = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "12"}
     cluster._from_slurm(environment)
     assert "RANK" not in environment
+
+
+class Sum(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(3))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, images, targets):
+        self.sum += images.sum(dim=(0, 2, 3))
+        self.count += len(images)
+
+
+def collect(task):
+    """What a collecting phase over nine images in batches of eight gathers; rank None: alone."""
+    rank, meeting = task
+    torch.set_num_threads(1)
+    cluster = ALONE
+    if rank is not None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+        cluster = Cluster(rank, 2)
+    data, module = random_data(), Sum()
+    data.train_ids = data.train_ids[:9]
+
+    def finish():
+        total(module.sum), total(module.count)
+
+    phase = methods.CollectPhase(name="look", module=module, finish=finish, share=1.0, divided=True)
+    training = Training(RECIPE, data, device.plan("cpu", "float32"), 0, 4, cluster=cluster)
+    (log,), _ = run_phases(module, [phase], training)
+    if rank is not None:
+        torch.distributed.destroy_process_group()
+    yield module.sum.tolist(), float(module.count), log.images, log.steps
+
+
+def test_processes_with_unequal_shares_collect_what_one_collects(tmp_path):
+    (alone,) = workers.results_of(collect, (None, None))
+    with ThreadPoolExecutor(2) as threads:
+        tasks = [(rank, tmp_path / "meeting") for rank in range(2)]
+        ((one,), (other,)) = threads.map(lambda task: list(workers.results_of(collect, task)), tasks)
+    assert one == other
+    assert one[1:] == alone[1:] == (9.0, 9, 2)
+    assert one[0] == pytest.approx(alone[0], rel=1e-5)

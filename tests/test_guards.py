@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -162,6 +164,21 @@ def test_float16_lowers_its_scale_and_goes_on():
     assert log.curve[-1]["classification"] != log.curve[0]["classification"]
 
 
+class Late(Spoiled):
+    """Its pooled term begins at the third step."""
+
+    def forward(self, images, targets, noise):
+        terms = super().forward(images, targets, noise)
+        return terms if noise.step >= 2 else {"classification": terms["classification"]}
+
+
+def test_a_term_that_begins_late_is_divided_rightly_too():
+    whole, divided = Late(vit()), Late(vit())
+    expected, log = train(whole), train(divided, options=spec.Training(micro_batch=3))
+    for one, other in zip(expected.curve, log.curve, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
 # Files.
 
 
@@ -207,6 +224,83 @@ def test_a_state_of_another_model_is_refused(tmp_path):
     train(Spoiled(vit()), snapshots=snapshots)
     with pytest.raises(UserError, match="does not fit this model"):
         train(Spoiled(vit(embed_dim=48)), snapshots=snapshots)
+
+
+def test_a_damaged_state_does_not_take_a_whole_ones_place(tmp_path):
+    snapshots = Snapshots(tmp_path, every_steps=1, keep=1)
+    (tmp_path / "step-000000099.state").write_bytes(b"damaged")
+    assert [content for _, content in snapshots.newest()] == [None]
+    snapshots.save(3, {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003.state"]
+
+
+def test_a_state_that_could_not_be_read_again_is_told_when_it_is_saved(tmp_path):
+    with pytest.raises(UserError, match="something else than tensors and plain values"):
+        Snapshots(tmp_path).save(1, {"scalar": np.float64(3).reshape(1)})
+
+
+def dice_everywhere(model, disturb=lambda: None):
+    """Phases that throw dice wherever they can."""
+
+    def change():
+        with torch.no_grad():
+            model.head.bias.add_(torch.rand(7))
+        disturb()
+
+    class Look(nn.Module):
+        def forward(self, images, targets):
+            model.head.bias.add_(torch.rand(7) * 0.1)
+
+    objective = Spoiled(model)
+    return [
+        methods.TrainPhase(name="one", objective=objective, share=0.5),
+        methods.CollectPhase(name="look", module=Look(), share=0.25, finish=change),
+        methods.TransformPhase(name="change", apply=change),
+        methods.TrainPhase(name="two", objective=objective, share=0.25),
+    ]
+
+
+def test_dice_of_every_phase_are_the_same_after_an_interruption(tmp_path):
+    undisturbed = vit()
+    run_phases(undisturbed, dice_everywhere(undisturbed), Training(RECIPE, random_data(), PLAN, 0, 8))
+    interrupted, left = None, [1]
+
+    def once():
+        if left and left.pop():
+            raise KeyboardInterrupt
+
+    snapshots = Snapshots(tmp_path, every_steps=1)
+    torch.manual_seed(99)
+    for attempt in range(2):
+        interrupted = vit()
+        torch.manual_seed(attempt)
+        training = Training(RECIPE, random_data(), PLAN, 0, 8, snapshots=snapshots)
+        try:
+            run_phases(interrupted, dice_everywhere(interrupted, once), training)
+        except KeyboardInterrupt:
+            assert attempt == 0
+    assert models.state_digest(interrupted.state_dict()) == models.state_digest(undisturbed.state_dict())
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_a_termination_is_obeyed_after_the_step_also_the_last_one(tmp_path, at):
+    """SIGTERM, twice, as torchrun and schedulers send it."""
+
+    def wrong(images, step):
+        if step == at and len(images) == RECIPE.batch_size:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    snapshots = Snapshots(tmp_path, every_steps=100)
+    with pytest.raises(SystemExit) as left:
+        train(Spoiled(vit(), wrong), steps=8, snapshots=snapshots)
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    undisturbed, objective = Spoiled(vit()), Spoiled(vit())
+    train(undisturbed, steps=8)
+    log = train(objective, steps=8, snapshots=snapshots)
+    assert digest(objective) == digest(undisturbed)
+    assert len(log.curve) == 8
 
 
 def test_ctrl_c_waits_for_the_step_and_saves(tmp_path, tiny_data):

@@ -1,4 +1,5 @@
-"""The ImageNet spec as it is, but for its size: DeiT-S, DeiT's augmentation, 20 steps on a tree in ImageNet's layout, on the CPU."""
+"""The ImageNet spec as it is, but for its size: 20 steps on a tree in ImageNet's layout, on the CPU. All of DeiT-S is a long test; a
+third of its depth stands for it."""
 
 import json
 
@@ -27,16 +28,20 @@ def imagenet(tmp_path_factory):
     damaged.write_bytes(damaged.read_bytes()[:700])
     card = yaml.safe_load((ROOT / "datasets" / "imagenet-1k.yaml").read_text())
     (folder / "card.yaml").write_text(yaml.safe_dump(card | {"classes": len(CLASSES), "val_fraction": 0.04}))
-    torch.manual_seed(0)
-    torch.save(timm.create_model("deit_small_patch16_224", num_classes=len(CLASSES)).state_dict(), folder / "deit.pt")
+    for depth in (4, 12):
+        torch.manual_seed(0)
+        model = timm.create_model("deit_small_patch16_224", num_classes=len(CLASSES), depth=depth)
+        torch.save(model.state_dict(), folder / f"deit{depth}.pt")
     return folder, damaged.name
 
 
-def test_twenty_steps_of_the_imagenet_spec(imagenet, tmp_path):
+@pytest.mark.parametrize("depth", [4, pytest.param(12, marks=pytest.mark.long)])
+def test_twenty_steps_of_the_imagenet_spec(imagenet, tmp_path, depth):
     folder, damaged = imagenet
     changes = {
-        "data.card": folder / "card.yaml", "data.workers": 2, "dense.weights": folder / "deit.pt", "recipe.batch_size": 2,
+        "data.card": folder / "card.yaml", "data.workers": 2, "dense.weights": folder / f"deit{depth}.pt", "recipe.batch_size": 2,
         "budget.max_steps": 20, "dynamicvit.keep_rate": 0.7, "measure.batch_sizes": "[1]", "measure.seconds": 0.05, "measure.images": 1,
+        "backbone.kwargs": f"{{depth: {depth}}}",
     }  # fmt: skip
     sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     spec = ROOT / "benchmarks" / "imagenet-deit-small.yaml"
@@ -52,4 +57,4 @@ def test_twenty_steps_of_the_imagenet_spec(imagenet, tmp_path):
     assert trained["DynamicViT 0.7"]["ema_top1"] is not None
     assert damaged in trained["DynamicViT 0.7"]["unreadable"][0]
     # Forward and backward of DynamicViT, whose training masks, and the teacher's forward: four forwards of 4.6 G.
-    assert phase["macs"] / 40 == pytest.approx(4 * 4.6e9, rel=0.1)
+    assert phase["macs"] / 40 == pytest.approx(4 * 4.6e9 * depth / 12, rel=0.15)

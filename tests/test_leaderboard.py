@@ -124,6 +124,24 @@ def test_nothing_is_claimed_from_two_seeds(tmp_path):
     assert f"{row.difference * 100:+.2f} †" in render.markdown([table])
 
 
+def test_averaged_weights_have_a_column_where_there_are_any(tmp_path):
+    store = fill(tmp_path, seeds=(0,))
+    (table,) = tables(tmp_path)
+    assert "averaged weights" not in render.markdown([table])
+    record = next(record for record in records_of(tmp_path) if record.get("label") == "same")
+    store.write(
+        record
+        | {"ema_top1": 0.8765, "phases": [{"macs": 2e9, "device_hours": 0.5}, {"macs": 1e9, "device_hours": 0.25}]}
+    )
+    (table,) = tables(tmp_path)
+    head = next(line for line in render.markdown([table]).splitlines() if line.startswith("| method"))
+    line = next(line for line in render.markdown([table]).splitlines() if line.startswith("| same"))
+    assert head.split("|")[4].strip() == "averaged weights %"
+    assert line.split("|")[4].strip() == "87.65"
+    numbers = render.frame([table]).set_index("label").loc["same"].iloc[0]
+    assert (numbers["training_macs"], numbers["device_hours"]) == (3e9, 0.75)
+
+
 def test_the_same_records_give_the_same_bytes(tmp_path):
     fill(tmp_path / "one")
     fill(tmp_path / "two", seeds=(2, 0, 1))

@@ -15,10 +15,12 @@ from torch import nn
 
 import methods
 from harness import cost, device, models
+from harness.cells import load_run
 from harness.data.order import COPY, Order
 from harness.device import execution
 from harness.errors import UserError
 from harness.rules import RECIPE, random_data
+from harness.training.artifacts import Artifacts
 from harness.training.engine import run_phases
 from harness.training.optimizers import check_recipe, fuse_norms, make_optimizer, restore_norms
 from harness.training.setup import Training
@@ -240,6 +242,36 @@ def stages_record(folder, seed):
 def test_a_phase_that_is_not_there_cannot_be_given(tmp_path):
     with pytest.raises(UserError, match="no phase 'prune'; it has train"):
         train(vit(), given={"prune": tmp_path / "x"})
+
+
+def artifact_run(folder, **changes):
+    model = vit()
+    phase = methods.TrainPhase(name="warm", objective=Classification(model, nn.CrossEntropyLoss()), artifact="warm")
+    recipe = RECIPE.model_copy(update={"ema": 0.5})
+    training = Training(recipe, random_data(), PLAN, 0, 6, artifacts=Artifacts(folder, {"context": 1}), **changes)
+    (log,), averaged = run_phases(model, [phase], training)
+    return log, models.state_digest(model.state_dict()), models.state_digest(averaged.state_dict())
+
+
+def test_an_artifact_has_the_averages_too_and_a_damaged_one_is_made_again(tmp_path):
+    first, *digests = artifact_run(tmp_path)
+    taken, *others = artifact_run(tmp_path)
+    assert others == digests
+    assert (first.source, taken.source) == (None, "artifact warm")
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    told = []
+    again, *others = artifact_run(tmp_path, say=told.append)
+    assert others == digests
+    assert again.source is None
+    assert told == [f"artifact {path.name} is damaged; making it again"]
+
+
+def test_an_entry_that_differs_in_its_given_phases_is_a_row_of_its_own(tmp_path, tiny_data):
+    (tmp_path / "given.state").write_bytes(b"x")
+    entries = [{"method": "random"}, {"method": "random", "label": "given", "phases": {"prune": "given.state"}}]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tiny_spec(tiny_data, entries=entries)))
+    assert [cell.label for cell in load_run(tmp_path / "a.yaml").cells()][2:] == ["random", "given"]
 
 
 # The log.
