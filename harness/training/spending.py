@@ -161,10 +161,10 @@ class TrainRun:
             self.log.overflowed += 1
         else:
             self.in_a_row = 0
-            if self.run.ema:
+            self._hook(self.phase.after_step, step)
+            if self.run.ema:  # after the hook, which may mask weights
                 self.run.ema.decay = max(1 - 1 / max(self.training.recipe.ema * self.steps, 1.0), 0.0)
                 self.run.ema.update(self.run.model)
-            self._hook(self.phase.after_step, step)
         self.log.steps, self.log.images = step + 1, self.log.images + batch.of
         self._tell(step, outcome, rate)
 
