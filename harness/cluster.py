@@ -154,7 +154,8 @@ def join(device: str) -> tuple[Cluster, str]:
         )
     if device == "cuda":
         visible = torch.cuda.device_count()
-        local = 0 if visible == 1 else local  # Slurm may show every task its own GPU alone
+        if visible == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+            local = 0  # Slurm may show every task its own GPU alone
         if local >= visible:
             raise UserError(f"process {local} of this machine has no GPU of its own: it has {visible}; start as many")
         device = f"cuda:{local}"

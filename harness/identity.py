@@ -58,8 +58,6 @@ class Identity:
         content = self._setting | self.method_of(cell) | {
             "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
         }  # fmt: skip
-        if cell.phases:
-            content |= {"phases": _digests(cell)}
         if self.needs_dense(cell):
             content |= {"dense": self.weights_id(self.dense_cell(cell)), "teacher": self.has_teacher(cell)}
         return identify(content)
@@ -76,7 +74,8 @@ class Identity:
 
     def method_of(self, cell: Cell) -> dict[str, Any]:
         """The part of an id, and of a record, that says which method it is."""
-        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision}
+        given = {"given": _digests(cell)} if cell.phases else {}
+        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision, **given}
 
     def dense_cell(self, cell: Cell) -> Cell:
         """The dense network of the cell's seed."""

@@ -116,13 +116,13 @@ def _order(record: Record) -> tuple[int, str]:
 
 
 def _who(record: Record) -> str:
-    return json.dumps([record["method"], record["settings"]], sort_keys=True)
+    return json.dumps([record["method"], record["settings"], record.get("given")], sort_keys=True)
 
 
 def _is_reference(record: Record) -> bool:
     """Whether this is dense+."""
     name, settings = methods.REFERENCE
-    return record["method"] == name and settings.items() <= record["settings"].items()
+    return record["method"] == name and settings.items() <= record["settings"].items() and "given" not in record
 
 
 def _row(found: list[Record], reference: list[Record] | None, measures: list[Record]) -> Row:

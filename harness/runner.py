@@ -174,7 +174,7 @@ class Runner:
             "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
             "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
             "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
-            "unreadable": [self.data.unreadable[number] for number in sorted(self.data.unreadable)],
+            "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device) | {"processes": self.cluster.size},
             "code": provenance() | {"method": source_digest(type(cell.method))},

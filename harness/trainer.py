@@ -39,6 +39,7 @@ class Trained:
     sparse: nn.Module
     phases: list[dict[str, Any]]
     averaged: nn.Module | None = None
+    unreadable: tuple[str, ...] = ()  # what was wrong with training images that others stood in for
 
 
 class DenseFailed(RuntimeError):
@@ -97,16 +98,16 @@ class Trainer:
             if content.get("averaged") is not None:
                 averaged = copy.deepcopy(sparse)
                 averaged.load_state_dict(content["averaged"])
-            phases, problem = content["phases"], ""
+            phases, unreadable, problem = content["phases"], tuple(content["unreadable"]), ""
         except Exception as error:
-            phases, problem = [], type(error).__name__
+            phases, unreadable, problem = [], (), type(error).__name__
         if self.cluster.any(bool(problem)):
             self.reporter.say(
                 f"checkpoint {path.name} cannot be used ({problem or 'in another process'}); training again"
             )
             return None
         on_device = [model.to(self.plan.device).eval() if model is not None else None for model in (sparse, averaged)]
-        return Trained(on_device[0], phases, on_device[1])
+        return Trained(on_device[0], phases, on_device[1], unreadable)
 
     def _train(self, cell: Cell, name: str) -> Trained:
         recipe, epochs = self.identity.training_of(cell)
@@ -126,7 +127,8 @@ class Trainer:
         for model in (sparse, averaged):
             if model is not None:
                 restore_norms(model.eval(), recipe)
-        return Trained(sparse, [asdict(log) for log in logs], averaged)
+        unreadable = tuple(reason for _, reason in sorted(self.data.unreadable.items()))
+        return Trained(sparse, [asdict(log) for log in logs], averaged, unreadable)
 
     def _training(self, cell: Cell, steps: int, reported: Callable[[], dict[str, float]]) -> Training:
         """Everything around the steps: where the state and the log are kept, which results of phases are there already."""
@@ -195,7 +197,7 @@ def to_cpu(model: nn.Module) -> nn.Module:
 
 
 def _write_checkpoint(path: Path, trained: Trained) -> None:
-    content = {"model": trained.sparse.state_dict(), "phases": trained.phases}
+    content = {"model": trained.sparse.state_dict(), "phases": trained.phases, "unreadable": list(trained.unreadable)}
     if trained.averaged is not None:
         content["averaged"] = trained.averaged.state_dict()
     buffer = io.BytesIO()

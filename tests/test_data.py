@@ -397,6 +397,32 @@ def test_shards_that_are_wrong_are_told(tmp_path, card):
         opened(card(reader="wds/x"), tmp_path)
 
 
+def test_shards_with_odd_members(tmp_path, card):
+    def add(archive, name, content):
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 32)).save(picture, "PNG")
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            add(archive, "a.json", b'{"width": 40}')
+            add(archive, "a.cls", b"1")
+            add(archive, "a.png", picture.getvalue())
+            add(archive, "b.png", picture.getvalue())
+            add(archive, "b.cls", b"0")
+    assert opened(card(reader="wds/x", classes=2), tmp_path).train.labels.tolist() == [1, 0]
+    with tarfile.open(tmp_path / "train.tar", "a") as archive:
+        add(archive, "b.png", picture.getvalue())
+    with pytest.raises(UserError, match=r"two images are called \./b"):
+        opened(card(reader="wds/x"), tmp_path)
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        add(archive, "a.tif", picture.getvalue())
+    with pytest.raises(UserError, match="have no images"):
+        opened(card(reader="wds/x"), tmp_path)
+
+
 def test_a_damaged_image_in_a_shard_is_named_and_replaced(tmp_path, card):
     shards(tmp_path, "train", 2, grey=(3,))
     shards(tmp_path, "test", 2)

@@ -237,6 +237,7 @@ def test_a_damaged_state_does_not_take_a_whole_ones_place(tmp_path):
 def test_a_state_that_could_not_be_read_again_is_told_when_it_is_saved(tmp_path):
     with pytest.raises(UserError, match="something else than tensors and plain values"):
         Snapshots(tmp_path).save(1, {"scalar": np.float64(3).reshape(1)})
+    assert not list(tmp_path.iterdir())
 
 
 def dice_everywhere(model, disturb=lambda: None):
@@ -358,6 +359,33 @@ def test_a_full_disk_is_told_leaves_nothing_behind_and_the_run_goes_on(tmp_path,
     assert not [path for path in (tmp_path / "r").rglob("*") if path.is_file() and path.suffix not in (".md", ".jsonl")]
     again = bench("--spec", tmp_path / "full.yaml", "--results", tmp_path / "r")
     assert again.returncode == 0, again.stdout
+
+
+def test_a_signal_is_not_lost_where_the_phase_ends_with_an_error():
+    def wrong(images, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise ValueError("something else")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Spoiled(vit(), wrong))
+
+
+def test_micro_batches_asked_for_when_going_on_are_made(tmp_path):
+    def stop(images, step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    snapshots = Snapshots(tmp_path, every_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(Spoiled(vit(), stop), snapshots=snapshots)
+    sizes = []
+    log = train(
+        Spoiled(vit(), lambda images, step: sizes.append(len(images))),
+        snapshots=snapshots,
+        options=spec.Training(micro_batch=3),
+    )
+    assert max(sizes) == 3 == log.micro_batch
 
 
 # Data.

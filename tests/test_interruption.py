@@ -23,12 +23,15 @@ from harness.trainer import Trainer
 from harness.training import engine, stepper
 
 
-def trainer_of(spec_file, plugin, results):
-    run = load_run(spec_file, only=["stages", "dynamicvit"], plugins=[plugin])
+def trainer_of(spec_file, plugin, results, say=lambda line: None):
+    """The run of a spec, and what trains its cells."""
+    run = load_run(spec_file, plugins=[plugin])
     data = open_data(run.spec.data, run.folder, crop=run.spec.recipe.crop)
     device = plan("cpu", "float32")
     store = Store(results, run.name)
-    return run, Trainer(Identity(run, data, device), data, device, store, Reporter(quiet=True), ALONE, False)
+    reporter = Reporter(quiet=True)
+    reporter.say = say
+    return run, Trainer(Identity(run, data, device), data, device, store, reporter, ALONE, False)
 
 
 def kill() -> None:

@@ -1,7 +1,6 @@
 """Recipes beyond the defaults: averaged weights, repeated augmentation, NVIDIA apex, torch.compile, TensorBoard; artifacts of phases."""
 
 import importlib.util
-import json
 import shutil
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import timm
 import torch
 import yaml
 from conftest import bench, tiny_spec
+from test_interruption import trainer_of
 from torch import nn
 
 import methods
@@ -199,44 +199,44 @@ def test_training_costs_three_forwards_and_the_teacher_one():
 # What phases make, kept for other cells.
 
 
+def train_stages(spec_file, plugin, results, seed=0):
+    """Digest of the weights of `stages`, the logs of its phases, which were taken, and the id."""
+    told = []
+    run, trainer = trainer_of(spec_file, plugin, results, told.append)
+    (cell,) = (cell for cell in run.cells() if cell.method.name == "stages" and cell.seed == seed)
+    trained = trainer.weights(cell, "stages")
+    taken = [line for line in told if "is taken from" in line]
+    return models.state_digest(trained.sparse.state_dict()), trained.phases, taken, trainer.identity.weights_id(cell)
+
+
 def test_phases_results_are_reused_and_charged(tmp_path, tiny_data, stages_file):
     """`stages` gives its first phase a key: another cell that would make the same takes it, another seed does not. Then the
     phase's result is given as a file."""
-    content = tiny_spec(tiny_data, plugins=[str(stages_file)], entries=[{"method": "stages"}])
-    content["budget"]["adapt_epochs"] = 3
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
-    first = bench("--spec", tmp_path / "a.yaml", "--results", tmp_path / "r", "--seeds", "0,1")
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "is taken from" not in first.stdout
-    artifacts = sorted((tmp_path / "r" / "checkpoints" / "artifacts").iterdir())
+    content = tiny_spec(
+        tiny_data, entries=[{"method": "stages"}], seeds=[0, 1], budget={"epochs": 1, "adapt_epochs": 3}
+    )
+    spec_file, results = tmp_path / "a.yaml", tmp_path / "r"
+    spec_file.write_text(yaml.safe_dump(content))
+    weights, paid, told, weights_id = train_stages(spec_file, stages_file, results)
+    assert not told
+    assert not train_stages(spec_file, stages_file, results, seed=1)[2]
+    artifacts = sorted((results / "checkpoints" / "artifacts").iterdir())
     assert len(artifacts) == 2
-    one = stages_record(tmp_path / "r" / "a", 0)
-    checkpoint = tmp_path / "r" / "checkpoints" / f"{one['weights_id']}.pt"
-    for path in (checkpoint, tmp_path / "r" / "a" / f"{one['id']}.json"):
-        path.unlink()
-    again = bench("--spec", tmp_path / "a.yaml", "--results", tmp_path / "r", "--seeds", "0,1")
-    assert "phase warm is taken from artifact warm" in again.stdout
-    other = stages_record(tmp_path / "r" / "a", 0)
-    assert other["weights_sha256"] == one["weights_sha256"]
-    charged, paid = other["phases"][0], one["phases"][0]
-    assert charged.pop("source") == "artifact warm"
-    assert paid.pop("source") is None
-    assert charged == paid
+    (results / "checkpoints" / f"{weights_id}.pt").unlink()
+    again, charged, told, _ = train_stages(spec_file, stages_file, results)
+    assert told == ["phase warm is taken from artifact warm"]
+    assert again == weights
+    assert (charged[0].pop("source"), paid[0].pop("source")) == ("artifact warm", None)
+    assert charged[0] == paid[0]
 
     content["entries"] = [{"method": "stages", "phases": {"warm": "given.state"}}]
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(content))
-    lost = bench("--spec", tmp_path / "b.yaml", "--results", tmp_path / "r")
-    assert (lost.returncode, lost.stderr.strip()) == (2, "error: stages: phases.warm given.state: no such file")
+    with pytest.raises(UserError, match=r"stages: phases.warm given.state: no such file"):
+        train_stages(tmp_path / "b.yaml", stages_file, results)
     shutil.copy(artifacts[0], tmp_path / "given.state")
-    given = bench("--spec", tmp_path / "b.yaml", "--results", tmp_path / "r")
-    assert "phase warm is taken from given.state" in given.stdout
-    assert stages_record(tmp_path / "r" / "b", 0)["weights_id"] != one["weights_id"]
-
-
-def stages_record(folder, seed):
-    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    (found,) = [r for r in records if r["kind"] == "train" and r["label"] == "stages" and r["seed"] == seed]
-    return found
+    _, _, told, other_id = train_stages(tmp_path / "b.yaml", stages_file, results)
+    assert told == ["phase warm is taken from given.state"]
+    assert other_id != weights_id
 
 
 def test_a_phase_that_is_not_there_cannot_be_given(tmp_path):

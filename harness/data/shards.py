@@ -59,12 +59,14 @@ def open_shards(root: Path, split: str) -> Shards:
     files = sorted({path for name in names for path in root.glob(name)})
     if not files:
         raise UserError(f"{root}: no shard matches {pattern}")
-    if len(names) > 1 and len(files) < len(names):
-        missing = next(name for name in names if not any(root.glob(name)))
+    missing = next((name for name in names if not any(root.glob(name))), None)
+    if missing is not None:
         raise UserError(f"{root}: the shard {missing} is missing")
     shards = Shards(files)
     for number, path in enumerate(files):
         _index(shards, number, path)
+    if not len(shards):
+        raise UserError(f"{root}: the shards {pattern} have no images ({', '.join(IMAGES)})")
     return shards
 
 
@@ -78,9 +80,12 @@ def _index(shards: Shards, number: int, path: Path) -> None:
                 key, _, extension = member.name.rpartition("/")[2].partition(".")
                 key, extension = f"{Path(member.name).parent}/{key}", extension.lower()
                 if extension in IMAGES:
+                    if key in images:
+                        raise ValueError(f"two images are called {key}")
                     images[key] = (member.offset_data, member.size)
                 elif extension in LABELS and key not in labels:
-                    labels[key] = _label(archive.extractfile(member).read())
+                    label = _label(archive.extractfile(member).read())
+                    labels |= {key: label} if label is not None else {}
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a readable shard ({' '.join(str(error).split())[:100] or type(error).__name__})"
@@ -93,11 +98,12 @@ def _index(shards: Shards, number: int, path: Path) -> None:
         shards.names.append(f"{path.name}:{key.removeprefix('./')}")
 
 
-def _label(content: bytes) -> int:
+def _label(content: bytes) -> int | None:
+    """None for an object with other things in it."""
     value = json.loads(content)
     if isinstance(value, dict):
-        value = value["label"] if "label" in value else value["cls"]
-    return int(value)
+        value = value.get("label", value.get("cls"))
+    return int(value) if value is not None else None
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -19,11 +19,15 @@ COUNTED_IMAGES = 2
 def training_macs(objective: torch.nn.Module, batch: Batch, plan: Plan, most: int | None = None) -> float:
     """Of a step per image: forward and backward, with the teacher, by a few images (`most` at most) that leave nothing behind."""
     part, macs = batch.split(min(COUNTED_IMAGES, most or COUNTED_IMAGES))[0], []
+    buffers = [buffer.clone() for buffer in objective.buffers()]  # of batch norms, say
     with counted(macs):
         with plan.autocast():
             terms = objective(part.images, part.targets, Noise(0, 0, part.keys))
         sum(map(value_of, terms.values())).backward()
     objective.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in zip(objective.buffers(), buffers, strict=True):
+            buffer.copy_(before)
     return macs[-1] / len(part.images)
 
 

@@ -3,6 +3,7 @@ termination does: schedulers and torchrun tell a process twice."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -22,9 +23,11 @@ class Interruption:
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.asked is not None and (kind is None or issubclass(kind, Exception)):
+            os.kill(os.getpid(), self.asked)  # nobody has stopped for it: something else came first
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:

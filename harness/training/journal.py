@@ -19,7 +19,8 @@ class Journal:
 
     def __init__(self, path: Path | None = None, tensorboard: bool = False) -> None:
         self.path, self.tensorboard = path, tensorboard and path is not None
-        self._writer: Any = None
+        self._writers: dict[int, Any] = {}  # of TensorBoard, by the phase's number
+        self._begun = (0, 0)
 
     @property
     def is_kept(self) -> bool:
@@ -36,23 +37,23 @@ class Journal:
                 if entry and (entry.get("phase_number", 0), entry.get(STEPPED, 0)) <= (phase, step):
                     kept.append(line + "\n")
         write_atomically(self.path, "".join(kept).encode())
-        if self.tensorboard:
-            self._writer = self._open_tensorboard(step + 1)
+        self._begun = (phase, step)
 
     def write(self, event: str, **content: Any) -> None:
         """A line. UserError where the file cannot be written."""
         if self.path is None:
             return
         self._append(json.dumps({"event": event, **_finite(content)}, ensure_ascii=False) + "\n")
-        if self._writer is not None and STEPPED in content:
+        if self.tensorboard and STEPPED in content:
+            writer = self._writer(content["phase_number"])
             for name, value in {**content, **content.get("terms", {})}.items():
                 if isinstance(value, float) and math.isfinite(value):
-                    self._writer.add_scalar(f"{content['phase']}/{name}", value, content[STEPPED])
+                    writer.add_scalar(f"{content['phase']}/{name}", value, content[STEPPED])
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
 
     def _append(self, text: str) -> None:
         try:
@@ -61,12 +62,15 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
 
-    def _open_tensorboard(self, first: int) -> Any:
-        """first: the step from which on earlier lines no longer count."""
-        require_tensorboard()
-        from torch.utils.tensorboard import SummaryWriter
+    def _writer(self, phase: int) -> Any:
+        """TensorBoard's, with a folder per phase; in the one that goes on, what comes after the step it goes on from is void."""
+        if phase not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(os.fspath(self.path.with_suffix(".tensorboard")), purge_step=first)
+            purge = self._begun[1] + 1 if phase == self._begun[0] else None
+            folder = self.path.with_suffix(".tensorboard") / f"phase{phase}"
+            self._writers[phase] = SummaryWriter(os.fspath(folder), purge_step=purge)
+        return self._writers[phase]
 
 
 def require_tensorboard() -> None:

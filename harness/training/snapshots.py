@@ -70,7 +70,11 @@ class Snapshots:
         path = self.folder / f"step-{number:09d}.state"
         save_state(path, content)
         if not self._is_tried:  # what cannot be read would be missed only when it is needed
-            read_state(path)
+            try:
+                read_state(path)
+            except UserError:
+                path.unlink()
+                raise
             self._is_tried = True
         self._last = time.monotonic()
         for path in self._files()[self.keep :]:

@@ -232,7 +232,9 @@ class TrainRun:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.stepper.scaler.load_state_dict(saved["scaler"])
-        self.stepper.micro_batch, self.in_a_row = saved["micro_batch"], saved["in_a_row"]
+        sizes = [size for size in (saved["micro_batch"], self.stepper.micro_batch) if size]
+        self.stepper.micro_batch = self.log.micro_batch = min(sizes, default=None)
+        self.in_a_row = saved["in_a_row"]
 
 
 def _short(value: float) -> float | str:
