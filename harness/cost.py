@@ -22,8 +22,8 @@ from methods.core.vit import dense_report
 @dataclass(frozen=True)
 class Costs:
     """Per image: of the untouched backbone, by formula (None where more than products is counted: a report says nothing of
-    norms), and executed by the deployed model, means over `images` images if they differ. Parameters of the deployed model,
-    and those of them that no mask has set to zero."""
+    norms), and executed by the deployed model, means over `images` images if they differ. params: of the deployed model; params_nonzero:
+    those of them that no mask has set to zero; params_theoretical: of the form that trains, what is masked left out, as papers count."""
 
     dense: Count
     theoretical: Count | None
@@ -31,6 +31,7 @@ class Costs:
     images: int
     params: int
     params_nonzero: int
+    params_theoretical: int
 
     def record(self) -> dict[str, Any]:
         """Whole numbers where it is about one image; parts and blocks beside the totals."""
@@ -41,7 +42,7 @@ class Costs:
             "macs_spread": {name: round(count.spread) for name, count in there.items()}, "macs_images": self.images,
             "parts": {name: _rounded(count.parts) for name, count in there.items()},
             "blocks": {name: [_rounded(block) for block in count.blocks] for name, count in there.items()},
-            "params": self.params, "params_nonzero": self.params_nonzero,
+            "params": self.params, "params_nonzero": self.params_nonzero, "params_theoretical": self.params_theoretical,
         }  # fmt: skip
 
 
@@ -57,6 +58,10 @@ def count(
     sparse = sparse.eval()
     report = method.report(sparse, images)
     looked_at = images if varies(report) else images[:1]
+    shapes = {name: p.shape for name, p in sparse.named_parameters()}
+    whole = {
+        name for name, p in deployed.named_parameters() if p.shape == shapes.get(name)
+    }  # a smaller one has lost what is masked
     overhead = {extra.name: extra.block for extra in report.overhead if extra.block is not None}
     return Costs(
         dense=traced(vit, images[:1], also),
@@ -64,10 +69,13 @@ def count(
         executed=traced(deployed, looked_at, also, overhead),
         images=len(looked_at),
         params=sum(p.numel() for p in deployed.parameters()),
-        params_nonzero=round(
-            sum(p.numel() * report.weight_density.get(name, 1.0) for name, p in deployed.named_parameters())
-        ),
+        params_nonzero=_kept(deployed, {name: share for name, share in report.weight_density.items() if name in whole}),
+        params_theoretical=_kept(sparse, report.weight_density),
     )
+
+
+def _kept(model: nn.Module, density: dict[str, float]) -> int:
+    return round(sum(p.numel() * density.get(name, 1.0) for name, p in model.named_parameters()))
 
 
 def varies(report: Report) -> bool:

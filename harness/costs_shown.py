@@ -60,7 +60,8 @@ def cost_rows(
 def _row(method: Any, backbone: str, costs: Costs) -> dict[str, Any]:
     record = costs.record()
     totals = {
-        key: record.pop(key) for key in ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
+        key: record.pop(key)
+        for key in ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero", "params_theoretical")
     }
     whole = {key: round(value) if value is not None else None for key, value in totals.items()}
     return (
@@ -84,12 +85,16 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
     console = Console(highlight=False)
-    table = _table("method", "GMACs dense", "theory", "run", "params M", "kept M")
+    table = _table("method", "GMACs dense", "theory", "run", "params M theory", "run", "≠ 0")
     for label, row in rows.items():
         macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
         if row["macs_spread"]["executed"]:
             macs[-1] += f" ± {_giga(row['macs_spread']['executed'])}"
-        table.add_row(escape(label), *macs, *(f"{row[key] / 1e6:.3f}" for key in ("params", "params_nonzero")))
+        table.add_row(
+            escape(label),
+            *macs,
+            *(f"{row[key] / 1e6:.3f}" for key in ("params_theoretical", "params", "params_nonzero")),
+        )
     console.print(table)
     for label, row in rows.items():
         if by == "part":
@@ -98,7 +103,8 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_block(label, row))
     for row in list(rows.values())[:1]:
         console.print(
-            f"{row['backbone']}; per image; {row['convention']}; kept: parameters not masked to zero", soft_wrap=True
+            f"{row['backbone']}; per image; {row['convention']}; theory: as papers count, run: of the deployed model",
+            soft_wrap=True,
         )
 
 
@@ -127,9 +133,8 @@ def _by_block(label: str, row: dict[str, Any]) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(first, *others)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns[1:]:  # a long label is broken into lines, numbers never are
+        column.justify, column.no_wrap = "right", True
     return table
 
 

@@ -254,9 +254,31 @@ def _summary(report: methods.Report) -> dict[str, Any]:
             kind: [mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
         },
         "attention_density": [mean(block.attention_density) if block.attention_density is not None else 1.0 for block in report.blocks],
+        **_units(report),
         "weight_density": {name: round(density, 6) for name, density in report.weight_density.items()},
         "overhead_macs": {extra.name: mean(extra.macs) for extra in report.overhead},
     }  # fmt: skip
+
+
+def _units(report: methods.Report) -> dict[str, Any]:
+    """Per block, where a report has them: the attention density of each head, and the MLP's active neurons, packed."""
+    blocks = report.blocks
+    found: dict[str, Any] = {}
+    if any(block.attention_density is not None for block in blocks):
+        found["head_density"] = [
+            [round(share, 4) for share in block.attention_density.double().mean(dim=0).tolist()]
+            if block.attention_density is not None
+            else None
+            for block in blocks
+        ]
+    if any(block.active_neurons is not None for block in blocks):
+        found["neurons"] = [
+            {"of": len(block.active_neurons), "active": pack(block.active_neurons.cpu().numpy())}
+            if block.active_neurons is not None
+            else None
+            for block in blocks
+        ]
+    return found
 
 
 def _reason(error: Exception) -> str:

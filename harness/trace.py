@@ -36,7 +36,7 @@ FREE_OPS = frozenset("aten::" + op for op in """
     rand_like randn reciprocal repeat repeat_interleave roll round rsqrt rsub scatter scatter_ scatter_add
     scatter_add_ scatter_reduce sigmoid sign silu sin softmax sort split_with_sizes sqrt square stack std sub sub_
     sum swapaxes swapdims take_along_dim tanh tensor_split topk tril triu type_as unsqueeze_ var view_as where
-    zero_ zeros_like
+    unflatten zero_ zeros_like
 """.split())  # fmt: skip
 
 # What fvcore counts by default and this project does not.

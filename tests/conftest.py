@@ -57,11 +57,14 @@ MASKED = (
     TOY.replace("toy", "masked").replace("Toy", "Masked").replace("A toy.", "Masks.")
     + '''
 
+from methods.core.vit import embed
+
+
 class MaskingViT(FirstTokens):
     """Multiplies dropped tokens by zero and computes them all the same, as many repositories do."""
 
     def forward_features(self, images, *args, **kwargs):
-        x = self.embed(images)
+        x = embed(self, images)
         for index, block in enumerate(self.blocks):
             if index in self.pruning_loc:
                 kept = self.num_prefix_tokens + self.kept_counts[self.pruning_loc.index(index)]

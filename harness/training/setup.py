@@ -38,7 +38,8 @@ class PhaseLog:
     images, macs: multiply-adds that they cost, forward and backward, teacher and collecting passes included; seconds,
     device_hours; data_wait_seconds: of the first process, for the next batch; peak_memory: bytes on the device (on the CPU: of
     the whole process); skipped: steps without an update since the loss was not finite; overflowed: since float16's scale was too
-    large; micro_batch: images at once, where a step was divided; curve: points [step, learning rate, loss terms by name].
+    large; micro_batch: images at once, where a step was divided; curve: points [step, learning rate, loss terms by name]; events: what
+    the method told of some steps.
     source: an artifact or a file that the phase's result was taken from.
     """
 
@@ -55,6 +56,7 @@ class PhaseLog:
     overflowed: int = 0
     micro_batch: int | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     source: str | None = None
 
 

@@ -161,17 +161,24 @@ class TrainRun:
             self.log.overflowed += 1
         else:
             self.in_a_row = 0
-            self._hook(self.phase.after_step, step)
+            self._note(step, self._hook(self.phase.after_step, step))
             if self.run.ema:  # after the hook, which may mask weights
                 self.run.ema.decay = max(1 - 1 / max(self.training.recipe.ema * self.steps, 1.0), 0.0)
                 self.run.ema.update(self.run.model)
         self.log.steps, self.log.images = step + 1, self.log.images + batch.of
         self._tell(step, outcome, rate)
 
-    def _hook(self, hook: Callable[[int, int], None] | None, step: int) -> None:
-        if hook is not None:
-            torch.manual_seed(seed_of(self.training.seed, self.first + step, 6))  # the same in all processes
-            hook(step, self.steps)
+    def _hook(self, hook: Callable[[int, int], Any] | None, step: int) -> Any:
+        if hook is None:
+            return None
+        torch.manual_seed(seed_of(self.training.seed, self.first + step, 6))  # the same in all processes
+        return hook(step, self.steps)
+
+    def _note(self, step: int, told: dict[str, Any] | None) -> None:
+        """Keeps what a hook tells of this step, for the log and the record."""
+        if told:
+            self.log.events.append({"step": step + 1, **told})
+            self._write("event", step=step + 1, **told)
 
     def _divided(self) -> None:
         self.log.micro_batch = self.stepper.micro_batch

@@ -53,7 +53,8 @@ class TrainPhase:
         group is never updated.
     before_step, after_step: called with (step, steps), steps counted in this phase from 0. After the step the gradients
         of the groups' parameters are still there, the same on all processes. A step whose loss or gradient was not finite
-        (or beyond float16's range) changes nothing, and after_step is not called.
+        (or beyond float16's range) changes nothing, and after_step is not called. What after_step returns, a dict of plain values
+        or None, goes to the log and, as an event of the phase, into the record: for what happens now and then.
     state: anything with state_dict / load_state_dict that must survive an interruption besides the objective.
     divisible: False where a loss needs all images of a step at once and no `Pooled` can express it: then a lack of memory
         is an error instead of a reason for smaller micro-batches, and several processes are refused.
@@ -67,7 +68,7 @@ class TrainPhase:
     share: float = 1.0
     groups: Sequence[Group] | None = None
     before_step: Callable[[int, int], None] | None = None
-    after_step: Callable[[int, int], None] | None = None
+    after_step: Callable[[int, int], dict[str, Any] | None] | None = None
     state: Any = None
     divisible: bool = True
     artifact: str | None = None

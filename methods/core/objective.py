@@ -35,8 +35,12 @@ class Classification(nn.Module):
         self.model, self.criterion, self.weight = model, criterion, weight
         self.teacher = Frozen(teacher) if teacher is not None else None
 
+    def logits(self, images: Tensor, noise: Noise) -> Tensor:
+        """The model's, [B, classes]."""
+        return self.model(images)
+
     def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Tensor]:
-        logits = self.model(images)
+        logits = self.logits(images, noise)
         terms = {"classification": self.criterion(logits.float(), targets)}
         if self.teacher is not None:
             with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from methods.core.contract import Unsupported
 from methods.core.report import BlockReport
+from methods.core.vit import embed
 
 
 def stage_counts(patches: int, keep_rate: float, stages: int) -> tuple[int, ...]:
@@ -65,15 +66,11 @@ class StagedPruning(VisionTransformer):
         """The higher, the more a token should stay: [B, n] for the surviving patches [B, n, C]; seen: from `look`."""
         raise NotImplementedError
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the tokens that enter the first block [B, prefix + N, C]."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-
     def pruned_features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The survivors after the final norm [B, prefix + m, C], and each stage's kept ids [B, m_s], in score order,
         as places among the patch tokens that were alive before it."""
         prefix = self.num_prefix_tokens
-        x, seen = self.embed(images), self.look(images)
+        x, seen = embed(self, images), self.look(images)
         kept: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if index in self.pruning_loc:

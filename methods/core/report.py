@@ -22,8 +22,10 @@ class BlockReport:
     kept: patch numbers (0..N-1, prefix tokens excluded) that entered the block, int64 [B, n], -1 where an image has
         fewer; None: all of them.
     merged: for methods that merge: the slot that each original patch went to, int64 [B, N]; None otherwise.
-    active_heads: bool [H]; None: all.
-    attention_density: share of the query x key entries that are kept, float [B or 1, H]; None: all.
+    active_heads: bool [H]; None: all. The others are not computed, nor their columns of the projection.
+    attention_density: share of the query x key entries that are kept, float [B or 1, H]; None: all. A head that is dead while its
+        columns of the projection are counted (S2ViTE) has 0 here, and is not named in active_heads.
+    active_neurons: of the MLP, bool [hidden]; None: all. For plots: what they cost follows from the densities of its weights.
     """
 
     keys: Tensor
@@ -33,6 +35,7 @@ class BlockReport:
     merged: Tensor | None = None
     active_heads: Tensor | None = None
     attention_density: Tensor | None = None
+    active_neurons: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Report:
-    """One entry per block, in order; the density of every weight that is not dense, by parameter name (from the mask;
+    """One entry per block, in order; the density of every parameter that is not dense, by name, as the paper counts it (from the mask;
     from zeros only for imported checkpoints that have no mask); and the overhead."""
 
     blocks: tuple[BlockReport, ...]

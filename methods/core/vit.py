@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 from methods.core.contract import Unsupported
 from methods.core.report import BlockReport, Report
@@ -27,6 +27,11 @@ def replace_attention(vit: VisionTransformer, attention: type[Attention], blocks
     """Gives the attention of the named blocks (all by default) the class `attention`, which overrides methods only."""
     for index in blocks if blocks is not None else range(len(vit.blocks)):
         vit.blocks[index].attn.__class__ = attention
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] to the tokens that enter the first block [B, prefix + N, C]."""
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
 
 
 def require_plain_vit(vit: nn.Module, method: str, pools: tuple[str, ...] = ("token", "avg")) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from methods.core.noise import Noise
 from methods.core.pruning import StagedPruning
-from methods.core.vit import replace_attention, specialise
+from methods.core.vit import embed, replace_attention, specialise
 
 
 class ScorePredictor(nn.Module):
@@ -114,7 +114,7 @@ class DynamicViT(StagedPruning):
     def forward_train(self, images: Tensor, noise: Noise) -> TrainOutput:
         """The training forward (section 3.2-3.3): masks instead of removal, so that gradients reach the predictors."""
         prefix = self.num_prefix_tokens
-        x = self.embed(images)
+        x = embed(self, images)
         keep = x.new_ones(len(x), x.shape[1] - prefix, 1, dtype=torch.float32)
         always = keep.new_ones(len(x), prefix, 1)
         decisions: list[Tensor] = []
