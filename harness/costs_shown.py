@@ -85,7 +85,7 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
     console = Console(highlight=False)
-    table = _table("method", "GMACs dense", "theory", "run", "params M theory", "run", "≠ 0")
+    table = _table("method", "GMACs\ndense", "\ntheory", "\nrun", "params M\ntheory", "\nrun", "\n≠ 0")
     for label, row in rows.items():
         macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
         if row["macs_spread"]["executed"]:
@@ -133,6 +133,7 @@ def _by_block(label: str, row: dict[str, Any]) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(first, *others)
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:  # a long label is broken into lines, numbers never are
         column.justify, column.no_wrap = "right", True
     return table

@@ -16,10 +16,8 @@ def survivors(score: Tensor, mask: Tensor, count: int) -> Tensor:
     dropped too."""
     if count == 0:
         return mask.clone()
-    ranked = score.float().masked_fill(~mask, -torch.inf).flatten()
-    inactive = mask.numel() - int(mask.sum())
-    threshold = ranked.kthvalue(min(inactive + count, mask.numel())).values
-    return (ranked > threshold).view(mask.shape) & mask
+    threshold = score[mask].kthvalue(count).values
+    return mask & (score > threshold)
 
 
 def by_magnitude(weight: Tensor, mask: Tensor, rate: float) -> Tensor:
@@ -44,10 +42,8 @@ DEATH: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"magnitude": by_m
 def grow(score: Tensor, alive: Tensor, count: int) -> Tensor:
     """The units alive and the `count` highest of all others: bool, the mask's shape. Those that died in the same update are candidates,
     too. Exactly `count` are added (the official code fills up from active units where gradients are zero, and loses some)."""
-    if count == 0:
-        return alive.clone()
-    ranked = score.float().masked_fill(alive, -torch.inf).flatten()
-    chosen = ranked.topk(count, sorted=False).indices
+    candidates = (~alive).flatten().nonzero().squeeze(1)
+    chosen = candidates[score.flatten()[candidates].topk(count, sorted=False).indices]
     return alive.flatten().index_fill(0, chosen, True).view(alive.shape)
 
 
