@@ -283,6 +283,24 @@ def show(
     show_record(records.load(records.find(results, record)))
 
 
+@app.command()
+def visualize(
+    record: Annotated[
+        str, typer.Argument(metavar="RECORD", help="A train record's id (its beginning is enough) or file.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the pictures go.", show_default="results/pictures")
+    ] = None,
+    results: Results = ROOT / "results",
+) -> None:
+    """Draws what a trained model keeps (PNG): weights, heads, neurons, tokens."""
+    from harness import records
+    from harness.pictures import draw
+
+    for path in draw(records.load(records.find(results, record)), output or results / "pictures"):
+        typer.echo(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None, must_have: bool = True) -> None:
     from rich.console import Console
 
