@@ -34,10 +34,26 @@ def _forget_plug_ins():
             sys.modules.pop(cls.__module__, None)
 
 
-@pytest.mark.parametrize("name", ["dense", "dynamicvit", "random"])
+@pytest.mark.parametrize("name", ["dense", "dynamicvit", "random", "svite", "magnitude"])
 def test_built_in_methods_keep_the_contract(name):
     broken = [finding for finding in check_method(methods.create(name)) if not finding.passed]
     assert not broken
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"growth": "momentum", "death": "SET"},
+        {"pruning_type": "structured"},
+        {"token_number": 0.6, "mode": "gather", "pruning_type": "structured"},
+        {"token_number": 0.6, "eval_noise": 1, "density": 0.5},
+    ],
+)
+def test_sparse_training_keeps_the_contract_while_masks_move(settings):
+    """With updates after the second and the fourth of the suite's six steps."""
+    findings = list(check_method(methods.create("svite", update_frequency=2, **settings), ("plain",)))
+    assert len(findings) == len(RULES)
+    assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
 
 
 def test_dense_plus_keeps_the_contract():

@@ -14,6 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import methods
+from harness import cost
+from harness.formula import theoretical_macs
+from harness.verdict import not_skipped
 from methods.core.masking import mask_densities, masked_layers
 from methods.core.noise import Noise
 from methods.svite.criteria import Growth, by_sign, grow, survivors
@@ -527,3 +530,54 @@ def test_magnitude_pruning_keeps_the_largest(spread):
         for name, size in sizes.items():
             assert masks[name].all() or size[masks[name]].min() >= size[~masks[name]].max()
             assert masks[name].float().mean().item() == pytest.approx(expected[name] if expected else 0.5, abs=1e-2)
+
+
+# Costs ---------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def deit(size):
+    return timm.create_model(f"deit_{size}_patch16_224").eval()
+
+
+@pytest.mark.parametrize(
+    ("size", "density"), [*(("tiny", d) for d in (0.3, 0.4, 0.5, 0.6, 0.7)), ("small", 0.5), ("base", 0.6)]
+)
+def test_savings_are_the_papers(size, density):
+    """Masks are drawn, so the numbers of weights are right to a thousandth or so."""
+    expected = json.loads((GOLDEN / "flops_reference.json").read_text())[f"deit_{size}_patch16_224"]
+    sparse = methods.create("svite", density=density).sparsify(deit(size))
+    report = methods.create("svite").report(sparse, torch.zeros(1, 3, 224, 224))
+    macs, row = theoretical_macs(deit(size), report, (224, 224)), expected["unstructured"][str(density)]
+    assert 100 * (1 - macs / expected["dense_MACs"]) == pytest.approx(row["saving_pct"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "of_paper", "deployed", "macs"),
+    [("tiny", 0.7, 4.21, 4.06, 0.8682), ("small", 0.6, 14.60, 14.01, 2.8983), ("base", 0.6, 56.81, 54.45, 11.0036)],
+)
+def test_heads_and_neurons_cost_what_the_paper_says(size, other, of_paper, deployed, macs):
+    """As the paper counts, the projection whole; and as deployed, the dead heads' columns gone."""
+    method = methods.create("svite", pruning_type="structured", atten_density=0.7, other_density=other)
+    sparse = method.sparsify(deit(size)).eval()
+    costs = cost.count(method, deit(size), sparse, method.deploy(sparse), torch.zeros(1, 3, 224, 224)).record()
+    expected = json.loads((GOLDEN / "flops_reference.json").read_text())[f"deit_{size}_patch16_224"]
+    row = expected["structured_compact"][f"{100 * other:.0f}"]
+    assert (costs["macs_theoretical"], costs["params_theoretical"]) == (row["MACs"], row["params"])
+    assert round(costs["params_theoretical"] / 1e6, 2) == of_paper
+    assert round(costs["params"] / 1e6, 2) == deployed
+    assert round(costs["macs_executed"] / 1e9, 4) == macs
+
+
+def test_what_masks_but_does_not_skip_says_so():
+    """Zeros in dense weights, tokens that are zero: the run is dense, whatever the theory."""
+    for settings_, theory in (({"density": 0.5}, 0.6), ({"density": 1.0, "token_number": 0.5}, 0.6)):
+        method, backbone = methods.create("svite", **settings_), vit()
+        sparse = method.sparsify(backbone).eval()
+        costs = cost.count(method, backbone, sparse, method.deploy(sparse), batch(2)[0]).record()
+        scorer = 17 * 32 if "token_number" in settings_ else 0
+        assert costs["macs_executed"] == costs["macs_dense"] + scorer
+        assert costs["macs_theoretical"] < theory * costs["macs_dense"]
+        said = not_skipped(costs["macs_dense"], costs["macs_theoretical"], costs["macs_executed"], costs["parts"])
+        assert "masked, not skipped" in said
+    assert costs["params_nonzero"] == costs["params"]

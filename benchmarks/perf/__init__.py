@@ -1,6 +1,6 @@
 """The pieces of which the benchmark is made, each timed alone, so that two commits can be compared (`make perf`).
 
-The sizes are those of DeiT-S at 224 pixels, with DynamicViT's keep rate 0.7. Every function also checks what it computed.
+The sizes are those of DeiT-S at 224 pixels, with DynamicViT's keep rate 0.7, where a file says nothing else. Every function also checks what it computed.
 """
 
 from itertools import pairwise
