@@ -6,6 +6,7 @@ import pytest
 import yaml
 from conftest import bench, tiny_spec
 
+from harness.packing import unpack
 from harness.pictures import PICTURES
 
 
