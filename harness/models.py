@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -83,19 +84,27 @@ def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Pat
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state dict in a .safetensors or torch file, bare or under the key "model" or "state_dict"."""
+    content = read_checkpoint(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            return content[key]
+    return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """All that is in a .safetensors or torch file: tensors, plain values, and the arguments that DeiT's script saves. UserError for other
+    files."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            return content[key]
     return content
 
 

@@ -140,6 +140,7 @@ class Trainer:
             self.identity.training_of(cell)[0], self.data, self.plan, cell.seed, steps, options, self.spec.data.max_unreadable,
             self.cluster, self.reporter.watch, self.reporter.say, journal, snapshots, artifacts,
             {phase: Path(file) for phase, file in cell.phases.items()}, reported,
+            cell.method.convert_checkpoint,
         )  # fmt: skip
 
     def _snapshots(self, weights_id: str) -> Snapshots:

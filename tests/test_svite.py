@@ -1,5 +1,7 @@
 """SViTE, S2ViTE and SViTE+ against the authors' numbers, and what must hold for any mask."""
 
+import argparse
+import functools
 import json
 from functools import cache
 from pathlib import Path
@@ -15,7 +17,13 @@ from torch.nn import functional as F
 
 import methods
 from harness import cost
+from harness.device import plan
+from harness.errors import UserError
 from harness.formula import theoretical_macs
+from harness.models import state_digest
+from harness.rules import RECIPE, random_data
+from harness.training.engine import run_phases
+from harness.training.setup import Training
 from harness.verdict import not_skipped
 from methods.core.masking import mask_densities, masked_layers
 from methods.core.noise import Noise
@@ -505,6 +513,37 @@ def test_a_released_checkpoint_is_read():
     other.load_state_dict(state)
     assert mask_densities(other) == pytest.approx(mask_densities(sparse), abs=1e-9)
     assert torch.equal(other.eval()(batch()[0]), sparse.eval()(batch()[0]))
+
+
+def test_a_released_checkpoint_stands_for_the_training(tmp_path):
+    """As an entry's `phases: {train: FILE}`: the authors' file with its arguments, masks under running numbers, names of data-parallel
+    training."""
+    method = methods.create("svite", density=0.5)
+    trained = method.sparsify(vit())
+    with torch.no_grad():
+        trained.head.weight[0] = 0.0  # active weights may be zero: the masks say which are
+    content = {
+        "model": {f"module.{name}": p.detach().clone() for name, p in trained.named_parameters()},
+        "mask": {f"module.{name}_{n}": mask_of.weight_mask.float() for n, (name, mask_of) in enumerate(masked_layers(trained).items())},
+        "args": argparse.Namespace(density=0.5),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "authors.pth")
+    torch.save({"model": {"x": 3}}, tmp_path / "other.pth")
+    sparse = method.sparsify(vit())
+    training = functools.partial(
+        Training, RECIPE, random_data(), plan("cpu", "float32"), 0, 4, convert=method.convert_checkpoint
+    )
+    (log,), _ = run_phases(
+        sparse,
+        method.phases(sparse, nn.CrossEntropyLoss()),
+        training(given={"train": tmp_path / "authors.pth"}),
+    )
+    assert (log.source, log.steps) == ("authors.pth", 0)
+    assert state_digest(sparse.state_dict()) == state_digest(trained.state_dict())
+    with pytest.raises(UserError, match="not a checkpoint of this method"):
+        run_phases(
+            sparse, method.phases(sparse, nn.CrossEntropyLoss()), training(given={"train": tmp_path / "other.pth"})
+        )
 
 
 # Magnitude pruning ---------------------------------------------------------------------------------------------------

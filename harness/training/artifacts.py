@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.models import read_state as read_weights
+from harness.models import read_checkpoint
 from harness.records import identify
 from harness.training.snapshots import MAGIC, Damaged, read_state
 
@@ -24,8 +25,9 @@ class Artifacts:
         return self.folder / f"{identify(self.context | {'phases': chain})}.state"
 
 
-def read_given(path: Path, phase: str) -> dict[str, Any]:
-    """A state from an artifact or a snapshot, or the weights in a checkpoint. UserError for other files."""
+def read_given(path: Path, phase: str, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A state from an artifact or a snapshot, or the weights in a checkpoint: of an earlier run, or the authors', which `convert` knows to
+    read. UserError for other files."""
     try:
         with open(path, "rb") as file:
             is_ours = file.read(len(MAGIC)) == MAGIC
@@ -34,4 +36,10 @@ def read_given(path: Path, phase: str) -> dict[str, Any]:
             return {key: content[key] for key in ("model", "phases", "log") if key in content}
     except (OSError, Damaged) as error:
         raise UserError(f"phases.{phase}: {getattr(error, 'strerror', None) or error}: {path}") from None
-    return {"model": read_weights(path), "phases": []}
+    content = read_checkpoint(path)
+    try:
+        return {"model": content["model"] if "unreadable" in content else convert(content), "phases": []}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"phases.{phase}: {path}: not a checkpoint of this method ({type(error).__name__}: {error})"
+        ) from None

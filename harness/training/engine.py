@@ -196,7 +196,7 @@ class Run:
             return False
         if phase.name in training.given:
             path = training.given[phase.name]
-            content, source = read_given(path, phase.name), path.name
+            content, source = read_given(path, phase.name, training.convert), path.name
         else:
             path = self._artifact()
             if path is None or not training.cluster.share(lambda: self._is_whole(path)):

@@ -63,7 +63,8 @@ class PhaseLog:
 @dataclass
 class Training:
     """What a cell's phases share. steps: the budget. options: how often to save, when to give up. reported: what the model keeps
-    just now, by name, for the log. given: files that phases' results are taken from, by the phase's name."""
+    just now, by name, for the log. given: files that phases' results are taken from, by the phase's name; convert: what makes a state dict of
+    an authors' checkpoint among them."""
 
     recipe: Recipe
     data: ImageData
@@ -80,6 +81,7 @@ class Training:
     artifacts: Artifacts | None = None
     given: dict[str, Path] = field(default_factory=dict)
     reported: Callable[[], dict[str, float]] = dict
+    convert: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content.get("model", content)
 
 
 def budget_steps(data: ImageData, recipe: Recipe, epochs: float, max_steps: int | None) -> int:
