@@ -42,6 +42,7 @@ class Row:
     pareto: bool = False
     speeds: dict[Timing, Speed] = field(default_factory=dict)
     verdict: str | None = None  # why it is slower than its formula
+    remarks: list[str] = field(default_factory=list)  # the method's own, of any seed
     is_reference: bool = False
     ema_top1: float | None = None  # of the averaged weights; None where a seed has none
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
@@ -136,6 +137,7 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
         macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
         params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=_is_reference(first),
     )  # fmt: skip
+    row.remarks = list(dict.fromkeys(line for record in found for line in record["report"].get("remarks", [])))
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])

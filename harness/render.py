@@ -67,7 +67,7 @@ def _section(table: Table) -> str:
 
 def _notes(table: Table) -> list[str]:
     """Under the table: why rows are slower than their formula, and why there are no numbers."""
-    notes = [f"{row.label}: {row.verdict}" for row in table.rows if row.verdict]
+    notes = [f"{row.label}: {line}" for row in table.rows for line in (*row.remarks, row.verdict) if line]
     cells = [(row.label, timing, speed) for row in table.rows for timing, speed in row.speeds.items()]
     notes += absences(cells, column_names(table.timings))
     return notes

@@ -257,6 +257,7 @@ def _summary(report: methods.Report) -> dict[str, Any]:
         **_units(report),
         "weight_density": {name: round(density, 6) for name, density in report.weight_density.items()},
         "overhead_macs": {extra.name: mean(extra.macs) for extra in report.overhead},
+        **({"remarks": list(report.remarks)} if report.remarks else {}),
     }  # fmt: skip
 
 

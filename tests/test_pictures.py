@@ -7,7 +7,7 @@ import yaml
 from conftest import bench, tiny_spec
 
 from harness.packing import unpack
-from harness.pictures import PICTURES
+from harness.pictures import PICTURES, draw
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,17 @@ def test_every_picture_is_drawn(results):
     done = bench("visualize", record["id"][:10], "--results", results)
     assert done.returncode == 0, done.stderr
     drawn = [results / "pictures" / line.rpartition("/")[2] for line in done.stdout.split()]
-    assert [path.stem.removeprefix(record["id"] + "-") for path in drawn] == list(PICTURES)
+    expected = [name for name in PICTURES if name != "tokens"]  # as many in every block
+    assert [path.stem.removeprefix(record["id"] + "-") for path in drawn] == expected
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_tokens_are_drawn_where_blocks_differ(results, tmp_path):
+    record = record_of(results, "dense")
+    record["report"]["tokens"] = {"keys": [17, 17, 9, 5], "queries": [17, 17, 9, 5], "mlp": [17, 9, 9, 5]}
+    (path,) = draw(record, tmp_path / "new")
+    assert path.name == f"{record['id']}-tokens.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_record_tells_of_units_and_updates(results):

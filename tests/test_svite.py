@@ -182,7 +182,7 @@ def test_eight_steps_are_the_official_ones():
     for name, parameter in learner.model.named_parameters():
         torch.testing.assert_close(parameter.detach(), case[f"final/{name}"], rtol=0, atol=1e-4)
     assert told is None
-    assert learner.phase.state.made == 3
+    assert int(learner.model.updates) == 3
 
 
 def structured_learner(case):
@@ -377,6 +377,33 @@ def test_masks_are_applied_with_the_selector_on():
         assert bool((form.gumbel.weight != 0).all())
 
 
+def test_masks_that_never_moved_are_told():
+    """A training shorter than the update frequency is static sparse training: the row says so."""
+    images, _ = batch()
+    for frequency, remarks in ((15000, 1), (2, 0)):
+        method = methods.create("svite", density=0.5, update_frequency=frequency)
+        learner = Learner(method, steps=10)
+        for step in range(3):
+            learner.step(step, *batch(seed=step))
+        for form in (learner.model, method.deploy(learner.model)):
+            found = method.report(form, images).remarks
+            assert len(found) == remarks
+            assert all("never moved: update_frequency is 15000" in line for line in found)
+
+
+def test_averages_of_a_training_have_its_masks():
+    method = methods.create("svite", density=0.4, update_frequency=2)
+    sparse = method.sparsify(vit(img_size=24, patch_size=4, num_classes=7))
+    training = Training(RECIPE.model_copy(update={"ema": 0.5}), random_data(), plan("cpu", "float32"), 0, 8)
+    _, averaged = run_phases(sparse, method.phases(sparse, nn.CrossEntropyLoss()), training)
+    deployed = method.deploy(averaged)
+    for name, layer in masked_layers(sparse).items():
+        mask, weight = layer.weight_mask, averaged.get_parameter(name)
+        assert torch.equal(masked_layers(averaged)[name].weight_mask, mask)
+        assert bool(weight[~mask].any()) or mask.all()  # masks moved, so the averages are dense; ...
+        assert not deployed.get_parameter(name)[~mask].any()  # ... used, they are not
+
+
 def test_a_skipped_step_postpones_its_update():
     learner = Learner(methods.create("svite", density=0.5, update_frequency=4), steps=20)
     told = {}
@@ -539,6 +566,7 @@ def test_a_released_checkpoint_stands_for_the_training(tmp_path):
         training(given={"train": tmp_path / "authors.pth"}),
     )
     assert (log.source, log.steps) == ("authors.pth", 0)
+    trained.updates.fill_(-1)
     assert state_digest(sparse.state_dict()) == state_digest(trained.state_dict())
     with pytest.raises(UserError, match="not a checkpoint of this method"):
         run_phases(

@@ -53,8 +53,10 @@ class Overhead:
 @dataclass(frozen=True)
 class Report:
     """One entry per block, in order; the density of every parameter that is not dense, by name, as the paper counts it (from the mask;
-    from zeros only for imported checkpoints that have no mask); and the overhead."""
+    from zeros only for imported checkpoints that have no mask); and the overhead. remarks: what a reader of the row must know of this
+    model, a line each."""
 
     blocks: tuple[BlockReport, ...]
     weight_density: dict[str, float] = field(default_factory=dict)
     overhead: tuple[Overhead, ...] = ()
+    remarks: tuple[str, ...] = ()

@@ -114,6 +114,7 @@ class SViTE(methods.Method):
                 vit, settings.token_number, settings.mode == "gather", settings.eval_noise, settings.tau[0]
             )
         self.pattern.mask(sparse)
+        sparse.register_buffer("updates", torch.tensor(0))  # made so far; -1: not known, of an imported checkpoint
         return sparse
 
     def deploy(self, sparse: nn.Module) -> nn.Module:
@@ -133,7 +134,10 @@ class SViTE(methods.Method):
             overhead = (methods.Overhead("gumbel", torch.tensor([tokens * module.embed_dim], dtype=torch.float64)),)
         else:
             blocks = dense_report(module).blocks
-        return methods.Report(tuple(map(_with_units, blocks, units)), density, overhead)
+        static = int(module.updates) == 0 and any(share < 1 for share in density.values())
+        remarks = (f"its masks never moved: update_frequency is {self.settings.update_frequency}, and the training was shorter; "
+                   "a share of the steps, as 0.01, fits any",) if static else ()  # fmt: skip
+        return methods.Report(tuple(map(_with_units, blocks, units)), density, overhead, remarks)
 
     def phases(
         self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None

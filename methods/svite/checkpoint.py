@@ -28,7 +28,8 @@ def converted(content: dict[str, Any], is_structured: bool) -> dict[str, Tensor]
         if wanted and name.endswith(".weight") and is_weight(name):
             mask = saved.get(name, weight).cpu() != 0
             masks[name + "_mask"] = _units(name, mask) if is_structured else mask
-    return {name: weight * _mask_of(name, masks, weight) for name, weight in weights.items()} | masks
+    masked = {name: weight * _mask_of(name, masks, weight) for name, weight in weights.items()}
+    return masked | masks | {"updates": torch.tensor(-1)}
 
 
 def _parameter(key: str) -> str:

@@ -49,7 +49,8 @@ class SparseObjective(Classification):
 
 @dataclass
 class DynamicSparseTraining:
-    """The hooks of a phase, and what they remember: how many updates have been due, which weights were ever active, running means.
+    """The hooks of a phase, and what they remember: which weights were ever active, running means. How many updates there have been is a
+    buffer of the model, beside the masks.
 
     The order in a step is the official code's: gradients of all weights (masked ones too), the optimizer's step on all of them, masks; then,
     where one is due, an update by these gradients, and masks again. A step that was skipped has no gradients to go by: its update waits for
@@ -65,7 +66,6 @@ class DynamicSparseTraining:
 
     def __post_init__(self) -> None:
         self.model = self.objective.model
-        self.made = 0
         self.ever = {name: _full(layer) for name, layer in masked_layers(self.model).items()}
 
     def before_step(self, step: int, steps: int) -> None:
@@ -81,19 +81,19 @@ class DynamicSparseTraining:
         self.growth.watch(masked_layers(self.model))
         if not self._is_due(done, steps):
             return None
-        self.made = self.updates.due(done, steps)
+        self.model.updates.fill_(self.updates.due(done, steps))
         rate = self.rate(done, steps)
         moved = self.pattern.renew(self.model, rate, self.growth, self.objective.head_scores())
         apply_masks(self.model)
         return {
-            "update": self.made,
+            "update": int(self.model.updates),
             "death_rate": rate,
             "dropped": moved.dropped,
             "regrown": moved.regrown,
         } | self._explored()
 
     def _is_due(self, done: int, steps: int) -> bool:
-        return self.updates.due(done, steps) > self.made and self.updates.is_open(done, steps)
+        return self.updates.due(done, steps) > max(int(self.model.updates), 0) and self.updates.is_open(done, steps)
 
     def _explored(self) -> dict[str, Any]:
         """The in-time over-parameterisation: the share of weights that have been active so far, beside the share that is."""
@@ -113,10 +113,10 @@ class DynamicSparseTraining:
         return {key: round(share, 6) for key, share in of_all.items()} | by_layer
 
     def state_dict(self) -> dict[str, Any]:
-        return {"made": self.made, "ever": dict(self.ever), "growth": self.growth.state_dict()}
+        return {"ever": dict(self.ever), "growth": self.growth.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.made, self.ever = state["made"], dict(state["ever"])
+        self.ever = dict(state["ever"])
         self.growth.load_state_dict(state["growth"])
 
 
