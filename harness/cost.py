@@ -82,12 +82,16 @@ def varies(report: Report) -> bool:
     """Whether images differ in what they cost."""
     others = [extra.macs for extra in report.overhead]
     others += [block.attention_density for block in report.blocks if block.attention_density is not None]
-    return shapes_vary(report) or _differ(others)
+    return _differ([*_counts(report), *others])
 
 
 def shapes_vary(report: Report) -> bool:
-    """Whether images differ in how many tokens they keep."""
-    return _differ([tensor for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)])
+    """Whether images differ in the number of tokens that are computed."""
+    return not report.fixed_shapes and _differ(_counts(report))
+
+
+def _counts(report: Report) -> list[Tensor]:
+    return [tensor for block in report.blocks for tensor in (block.keys, block.queries, block.mlp)]
 
 
 def _differ(per_image: list[Tensor]) -> bool:

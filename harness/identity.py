@@ -98,10 +98,15 @@ class Identity:
 
     def training_of(self, cell: Cell) -> tuple[Recipe, float]:
         """The recipe and the epochs that the cell may spend: what starts from scratch gets the dense budget as well."""
+        recipe = self.spec.adapt_recipe if cell.method.start == "dense" else self.spec.recipe
+        return recipe, sum(self.budgets_of(cell))
+
+    def budgets_of(self, cell: Cell) -> tuple[float, ...]:
+        """These epochs, budget by budget, since each has its limit in steps."""
         budget = self.spec.budget
         if cell.method.start == "dense":
-            return self.spec.adapt_recipe, budget.adapt_epochs
-        return self.spec.recipe, budget.epochs + (0.0 if self.is_dense(cell) else budget.adapt_epochs)
+            return (budget.adapt_epochs,)
+        return (budget.epochs,) if self.is_dense(cell) else (budget.epochs, budget.adapt_epochs)
 
 
 def _digests(cell: Cell) -> dict[str, str]:

@@ -30,14 +30,21 @@ def draw(record: Record, folder: Path) -> list[Path]:
     except ImportError:
         raise UserError("visualize needs matplotlib: pip install -e '.[plot]'") from None
     written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {(error.strerror or str(error)).lower()}") from None
     for name, (wants, size, paint) in PICTURES.items():
         if wants(record):
             figure = Figure(figsize=size, layout="constrained")
             paint(figure, record)
-            figure.suptitle(f"{record['label']}, seed {record['seed']}: {name}", fontsize=10)
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{record['id']}-{name.replace(' ', '-')}.png")
-            figure.savefig(written[-1], dpi=DPI)
+            title = f"{record['label']}, seed {record['seed']}: {name}"
+            figure.suptitle(title.replace("$", r"\$"), fontsize=10)  # no formula
+            written.append(folder / f"{record['id']}-{name}.png")
+            try:
+                figure.savefig(written[-1], dpi=DPI)
+            except OSError as error:
+                raise UserError(f"--output {folder}: {(error.strerror or str(error)).lower()}") from None
     if not written:
         raise UserError(f"record {record['id']} ({record['label']}) keeps everything: there is nothing to draw")
     return written
@@ -81,7 +88,7 @@ def _heads(figure: Figure, record: Record) -> None:
     heads = max(len(row) for row in rows if row is not None)
     grid = np.array([[np.nan] * heads if row is None else [*row, *[np.nan] * (heads - len(row))] for row in rows])
     axes = figure.subplots()
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="equal")
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="head", ylabel="block", xticks=range(heads), yticks=range(len(rows)))
     figure.colorbar(image, label="attention entries kept")
 

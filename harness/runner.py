@@ -265,13 +265,8 @@ def _units(report: methods.Report) -> dict[str, Any]:
     """Per block, where a report has them: the attention density of each head, and the MLP's active neurons, packed."""
     blocks = report.blocks
     found: dict[str, Any] = {}
-    if any(block.attention_density is not None for block in blocks):
-        found["head_density"] = [
-            [round(share, 4) for share in block.attention_density.double().mean(dim=0).tolist()]
-            if block.attention_density is not None
-            else None
-            for block in blocks
-        ]
+    if any(block.attention_density is not None or block.active_heads is not None for block in blocks):
+        found["head_density"] = [_of_heads(block) for block in blocks]
     if any(block.active_neurons is not None for block in blocks):
         found["neurons"] = [
             {"of": len(block.active_neurons), "active": pack(block.active_neurons.cpu().numpy())}
@@ -280,6 +275,13 @@ def _units(report: methods.Report) -> dict[str, Any]:
             for block in blocks
         ]
     return found
+
+
+def _of_heads(block: methods.BlockReport) -> list[float] | None:
+    active = 1.0 if block.active_heads is None else block.active_heads.double()
+    if block.attention_density is not None:
+        return [round(share, 4) for share in (block.attention_density.double().mean(dim=0) * active).tolist()]
+    return None if block.active_heads is None else active.tolist()
 
 
 def _reason(error: Exception) -> str:

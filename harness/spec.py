@@ -137,7 +137,7 @@ class Training(Strict):
 class Entry(Strict):
     """A row: a method, its settings (a list that the setting itself does not take is a sweep), and the row's label, in
     which {setting} stands for that setting's value. phases: files with what a phase of that name makes (an artifact or a
-    checkpoint of an earlier run), to start after it."""
+    checkpoint of an earlier run, or the authors' checkpoint), to start after it."""
 
     method: str
     settings: dict[str, Any] = {}

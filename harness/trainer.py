@@ -21,7 +21,7 @@ from harness.device import Plan, execution
 from harness.identity import Identity
 from harness.progress import Reporter
 from harness.records import Store, write_atomically
-from harness.training.artifacts import Artifacts
+from harness.training.artifacts import CHECKPOINT, Artifacts
 from harness.training.engine import run_phases
 from harness.training.journal import Journal
 from harness.training.optimizers import fuse_norms, make_criterion, restore_norms
@@ -110,7 +110,7 @@ class Trainer:
         return Trained(on_device[0], phases, on_device[1], unreadable)
 
     def _train(self, cell: Cell, name: str) -> Trained:
-        recipe, epochs = self.identity.training_of(cell)
+        recipe, _ = self.identity.training_of(cell)
         if self.identity.is_dense(cell) and self.spec.dense.weights:
             return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
         dense = self._dense(cell, name) if self.identity.needs_dense(cell) else None
@@ -121,7 +121,8 @@ class Trainer:
         fuse_norms(sparse, recipe)
         with execution.compiled_blocks(sparse, self.plan.compiled):
             phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
-            steps = budget_steps(self.data, recipe, epochs, self.spec.budget.max_steps)
+            most = self.spec.budget.max_steps
+            steps = sum(budget_steps(self.data, recipe, part, most) for part in self.identity.budgets_of(cell))
             training = self._training(cell, steps, self._reported(cell, sparse))
             logs, averaged = run_phases(sparse, phases, training)
         for model in (sparse, averaged):
@@ -198,7 +199,12 @@ def to_cpu(model: nn.Module) -> nn.Module:
 
 
 def _write_checkpoint(path: Path, trained: Trained) -> None:
-    content = {"model": trained.sparse.state_dict(), "phases": trained.phases, "unreadable": list(trained.unreadable)}
+    content = {
+        "format": CHECKPOINT,
+        "model": trained.sparse.state_dict(),
+        "phases": trained.phases,
+        "unreadable": list(trained.unreadable),
+    }
     if trained.averaged is not None:
         content["averaged"] = trained.averaged.state_dict()
     buffer = io.BytesIO()

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import methods
+from methods.core.distribution import SPREADS
 from methods.core.masking import apply_masks, bake, mask_densities, mask_layer, maskable
 from methods.core.objective import Classification
 from methods.core.vit import dense_report, require_plain_vit
-from methods.svite import distribution
 
 
 class Settings(methods.Settings):
@@ -45,8 +45,9 @@ class Magnitude(methods.Method):
         if self.settings.sparse_init == "global":
             masks = _largest(sizes, self.settings.density)
         else:
-            spread = {"fixed_ERK": distribution.fixed_erk, "uniform": distribution.uniform}[self.settings.sparse_init]
-            densities = spread({name: tuple(size.shape) for name, size in sizes.items()}, self.settings.density)
+            densities = SPREADS[self.settings.sparse_init](
+                {name: tuple(size.shape) for name, size in sizes.items()}, self.settings.density
+            )
             masks = {name: _largest({name: size}, densities[name])[name] for name, size in sizes.items()}
         for name, layer in layers.items():
             mask_layer(layer, masks[name])

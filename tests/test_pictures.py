@@ -53,7 +53,7 @@ def test_the_record_tells_of_units_and_updates(results):
     last = phase["events"][-1]
     assert last["step"] < 0.8 * phase["steps"]
     assert 0.5 < last["density"] < last["explored"] <= 1
-    assert len(last["layer_density"]) == len(last["layer_explored"]) == 12
+    assert len(phase["events"][0]["layers"]) == len(last["layer_explored"]) == 12
     assert [sum(row) for row in record["report"]["head_density"]] == [1.0] * 4
     assert [int(unpack(row["active"], row["of"]).sum()) for row in record["report"]["neurons"]] == [38] * 4
 
@@ -66,3 +66,7 @@ def test_what_cannot_be_drawn_is_told(results):
     done = bench("visualize", measured, "--results", results)
     assert done.returncode == 2
     assert "only a train record" in done.stderr
+    done = bench("visualize", record_of(results, "less of all")["id"], "--results", results, "--output", measured)
+    assert done.returncode == 2
+    assert "--output" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -6,6 +6,9 @@ import itertools
 import pytest
 import timm
 import torch
+import yaml
+from conftest import tiny_spec
+from test_interruption import trainer_of
 from torch import nn
 
 import methods
@@ -155,6 +158,16 @@ def test_budgets_in_steps():
     assert budget_steps(data, RECIPE, 2.5, None) == 10
     assert budget_steps(data, RECIPE, 2.5, 3) == 3
     assert budget_steps(data, RECIPE, 0.01, None) == 1
+
+
+def test_a_limit_in_steps_is_the_same_for_all(tmp_path, tiny_data, toy_file):
+    """Each budget has it: what starts from scratch gets both, as dense and what follows it do together."""
+    entries = [{"method": "svite", "settings": {"update_frequency": 1}}]
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tiny_spec(tiny_data, entries=entries, budget={"max_steps": 2})))
+    run_, trainer = trainer_of(tmp_path / "a.yaml", toy_file, tmp_path / "r")
+    cells = {cell.label: cell for cell in run_.cells()}
+    steps = {label: trainer.weights(cell, label).phases[0]["steps"] for label, cell in cells.items()}
+    assert steps == {"dense": 2, "dense+": 2, "svite update_frequency=1": 4}
 
 
 def test_the_criterion_follows_the_recipe():

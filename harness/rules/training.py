@@ -83,12 +83,16 @@ def goes_on_after_an_interruption(subject: Subject) -> None:
         for _ in range(2 * STEPS + 5):
             try:
                 again = dataclasses.replace(subject, method=methods.create(subject.method.name, **_settings(subject)))
-                sparse, _ = again.run(snapshots=snapshots, watch=_stop_at_the_second())
+                sparse, logs = again.run(snapshots=snapshots, watch=_stop_at_the_second())
             except _Stopped:
                 continue
             ended = models.state_digest(sparse.state_dict())
             require(
                 ended == expected, "training that was interrupted ends with other weights: it keeps state elsewhere"
+            )
+            require(
+                [log.events for log in logs] == [log.events for log in subject.logs],
+                "training that was interrupted tells of other events: hooks keep state elsewhere",
             )
             return
     raise Broken("training that is interrupted after every second step does not come to an end")
@@ -109,21 +113,26 @@ def two_processes_equal_one(subject: Subject) -> None:
             tasks = [
                 (method.name, _settings(subject), loaded_plugins(), rank, f"{folder}/meeting") for rank in range(2)
             ]
-            curves = list(threads.map(lambda task: list(workers.results_of(_together, task)), tasks))
-        require(curves[0] == curves[1], "two processes that train together do not agree on their losses")
-        _require_same_curve(_curve(subject.logs), curves[0], "in two processes")
+            ended = list(threads.map(lambda task: list(workers.results_of(_together, task)), tasks))
+        (*curve, digest), (*other_curve, other_digest) = ended
+        require(curve == other_curve, "two processes that train together do not agree on their losses")
+        require(
+            digest == other_digest, "two processes that train together end with different weights, masks or buffers"
+        )
+        _require_same_curve(_curve(subject.logs), curve, "in two processes")
 
 
-def _together(task: tuple[str, dict[str, Any], tuple[str, ...], int, str]) -> Iterator[list[float]]:
-    """The loss curve of one of two processes."""
+def _together(task: tuple[str, dict[str, Any], tuple[str, ...], int, str]) -> Iterator[list[float] | str]:
+    """The loss curve of one of two processes, and the digest of its model."""
     name, settings, plugins, rank, meeting = task
     torch.set_num_threads(1)
     for path in plugins:
         methods.load_plugin(path)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
-        _, logs = Subject(methods.create(name, **settings), "plain").run(cluster=Cluster(rank, 2))
+        sparse, logs = Subject(methods.create(name, **settings), "plain").run(cluster=Cluster(rank, 2))
         yield from _curve(logs)
+        yield models.state_digest(sparse.state_dict())
     finally:
         distributed.destroy_process_group()
 

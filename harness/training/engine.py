@@ -196,7 +196,10 @@ class Run:
             return False
         if phase.name in training.given:
             path = training.given[phase.name]
-            content, source = read_given(path, phase.name, training.convert), path.name
+            try:
+                content, source = read_given(path, phase.name, training.convert), path.name
+            except UserError as error:
+                raise agreed(error) from None  # all processes read the same file
         else:
             path = self._artifact()
             if path is None or not training.cluster.share(lambda: self._is_whole(path)):

@@ -23,6 +23,7 @@ from methods import CollectPhase, TrainPhase
 if TYPE_CHECKING:
     from harness.training.engine import Run
 
+EVENTS = 1000  # at most, per phase, in a record; the log has all
 CURVE_POINTS = 100  # at most, per phase, in a record
 LOG_LINES = 1000  # per phase, where the spec does not say otherwise
 REPORTS = 20  # log lines per phase that also say what the model keeps
@@ -177,8 +178,9 @@ class TrainRun:
     def _note(self, step: int, told: dict[str, Any] | None) -> None:
         """Keeps what a hook tells of this step, for the log and the record."""
         if told:
-            self.log.events.append({"step": step + 1, **told})
-            self._write("event", step=step + 1, **told)
+            if len(self.log.events) < EVENTS:
+                self.log.events.append({"step": step + 1, **told})
+            self._write("told", step=step + 1, told=told)
 
     def _divided(self) -> None:
         self.log.micro_batch = self.stepper.micro_batch

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 
 import methods
+from methods.core import distribution
 from methods.core.vit import dense_report, require_plain_vit
-from methods.svite import distribution, schedule
+from methods.svite import schedule
 from methods.svite.checkpoint import converted
 from methods.svite.criteria import Growth
-from methods.svite.pattern import Pattern
+from methods.svite.pattern import Pattern, Units
 from methods.svite.selector import SelectingViT, add_selector, temperature
 from methods.svite.structured import Structured
 from methods.svite.training import DynamicSparseTraining, SparseObjective
 from methods.svite.unstructured import Unstructured
 
+ROUNDING = 0.05  # heads may be that far from their density before the row says so
 Density = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0, strict=True)]  # 1.0 is a share, not a count
 
 
 class Settings(methods.Settings):
-    """Names and defaults are those of the authors' commands.
+    """Names and defaults are those of the authors' commands, where these have them.
 
     pruning_type: "unstructured" (SViTE) or "structured" (S2ViTE: their structure_new).
     sparse_init: how dense each layer is. fixed_ERK (RigL's), uniform, or custom: `densities`, by pattern of the weight's name.
@@ -39,7 +42,7 @@ class Settings(methods.Settings):
     death_rate: alpha, of the first update; decay_schedule: cosine (to 0.005 at the end of the training), linear, or constant.
     update_frequency: steps between two updates, or, below 1, a share of the training's steps: the authors' 15,000 (DeiT-T and S) and 7,000
         (DeiT-B) are about 0.01. t_end: share of the steps from which on there are no more updates.
-    token_number: SViTE+: so many tokens go on, CLS included; below 1.0 (with a point), a share of all. None: no selector.
+    token_number: SViTE+: so many tokens go on, CLS included; with a point (0.95), a share of all. None: no selector.
     mode: what becomes of the others: "mask" (zeros: the authors' accuracy path) or "gather" (dropped).
     tau: temperature of the selector's softmax at the training's beginning and end. (Before 2022 the official code had the two exchanged, and the
         paper's runs, if they used it, as well.)
@@ -57,9 +60,9 @@ class Settings(methods.Settings):
     redistribution: Literal["none"] = "none"
     death_rate: Density = 0.5
     decay_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    update_frequency: PositiveInt | Share = 15000
+    update_frequency: Count | Annotated[float, Field(gt=0, lt=1)] = 15000
     t_end: Density = 0.8
-    token_number: PositiveInt | Share | None = None
+    token_number: Count | Density | None = None
     mode: Literal["mask", "gather"] = "mask"
     tau: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (10.0, 0.1)
     eval_noise: int | None = None
@@ -68,6 +71,10 @@ class Settings(methods.Settings):
     def _fit_together(self) -> Settings:
         if (self.sparse_init == "custom") != (self.densities is not None):
             raise ValueError("sparse_init: custom and densities: {PATTERN: DENSITY} go together")
+        if isinstance(self.update_frequency, float) and self.update_frequency >= self.t_end:
+            raise ValueError(
+                f"update_frequency {self.update_frequency}: the first update would come at t_end {self.t_end} or later"
+            )
         if self.pruning_type == "structured" and (self.death, self.growth) not in {
             ("magnitude", "gradient"),
             ("magnitude", "random"),
@@ -101,8 +108,9 @@ class SViTE(methods.Method):
             return Structured(settings.atten_density, settings.other_density)
         if settings.sparse_init == "custom":
             return Unstructured(partial(distribution.custom, densities=settings.densities), settings.death)
-        spread = {"fixed_ERK": distribution.fixed_erk, "uniform": distribution.uniform}[settings.sparse_init]
-        return Unstructured(partial(spread, density=settings.density), settings.death)
+        return Unstructured(
+            partial(distribution.SPREADS[settings.sparse_init], density=settings.density), settings.death
+        )
 
     def sparsify(self, vit: nn.Module) -> nn.Module:
         require_plain_vit(vit, self.name)
@@ -134,10 +142,23 @@ class SViTE(methods.Method):
             overhead = (methods.Overhead("gumbel", torch.tensor([tokens * module.embed_dim], dtype=torch.float64)),)
         else:
             blocks = dense_report(module).blocks
-        static = int(module.updates) == 0 and any(share < 1 for share in density.values())
-        remarks = (f"its masks never moved: update_frequency is {self.settings.update_frequency}, and the training was shorter; "
-                   "a share of the steps, as 0.01, fits any",) if static else ()  # fmt: skip
-        return methods.Report(tuple(map(_with_units, blocks, units)), density, overhead, remarks)
+        return methods.Report(
+            tuple(map(_with_units, blocks, units)), density, overhead, tuple(self._remarks(module, density, units)),
+            fixed_shapes=isinstance(module, SelectingViT) and not module.gathers,
+        )  # fmt: skip
+
+    def _remarks(self, module: nn.Module, density: dict[str, float], units: list[Units]) -> Iterator[str]:
+        updates, settings = int(module.updates), self.settings
+        sparse = [share for name, share in density.items() if name.endswith(".weight")]
+        if updates < 0:
+            yield f"an imported checkpoint: by its weights, {sum(sparse) / len(sparse):.3f} dense (the layers' mean)"
+        elif updates == 0 and min(sparse) < 1:
+            yield (f"its masks never moved: with update_frequency {settings.update_frequency}, no update fell before t_end ({settings.t_end:g} of the "
+                   "steps)")  # fmt: skip
+        heads, neurons = units[0].heads, units[0].neurons
+        if heads is not None and abs(float(heads.double().mean()) - settings.atten_density) > ROUNDING:
+            yield (f"keeps {int(heads.sum())} of {len(heads)} heads ({settings.atten_density:g} rounded down) and {int(neurons.sum())} of "
+                   f"{len(neurons)} neurons in a block")  # fmt: skip
 
     def phases(
         self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None
@@ -157,13 +178,11 @@ class SViTE(methods.Method):
         )]  # fmt: skip
 
     def convert_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' checkpoint: weights of `model`, and masks, of which it has some, or else the weights that are not zero."""
+        """The authors' checkpoint: weights of `model`, as they are, and masks that fit them (see `methods.svite.checkpoint`)."""
         return converted(state_dict, self.settings.pruning_type == "structured")
 
 
-def _with_units(block: methods.BlockReport, units: Any) -> methods.BlockReport:
+def _with_units(block: methods.BlockReport, units: Units) -> methods.BlockReport:
     """The block's entry with its heads and neurons."""
-    from dataclasses import replace
-
     density = units.heads.double()[None] if units.heads is not None else None
     return replace(block, attention_density=density, active_neurons=units.neurons)

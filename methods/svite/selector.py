@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from methods.core.contract import Unsupported
 from methods.core.noise import Noise, image_keys
@@ -48,7 +49,12 @@ class SelectingViT(VisionTransformer):
         softmax (straight-through). Where tokens are dropped, both are [B, k], the prefix first; else places are [B, k] in the order of the
         scores, without the prefix where it was not chosen, and weights [B, N]."""
         prefix = self.num_prefix_tokens
-        scores = self.gumbel(tokens).squeeze(-1).float().log_softmax(dim=-1)
+        with torch.autocast(tokens.device.type, enabled=False):  # few bits would make many scores equal
+            scores = (
+                F.linear(tokens.float(), self.gumbel.weight.float(), self.gumbel.bias.float())
+                .squeeze(-1)
+                .log_softmax(dim=-1)
+            )
         if noise is not None:
             scores = scores + noise.gumbel("tokens", tokens.shape[1])
         soft = (scores / (self.temperature if self.training else 1.0)).softmax(dim=-1)

@@ -95,10 +95,10 @@ class Structured:
                 f"other_density {self.other_density}: block {index}: no neuron",
             )
             mask_layer(block.attn.qkv, _qkv_rows(block.attn, heads))
-            mask_layer(block.mlp.fc1, neurons[:, None])
-            mask_layer(block.mlp.fc2, neurons[None, :])
+            mask_layer(block.mlp.fc1, neurons[:, None].clone())
+            mask_layer(block.mlp.fc2, neurons[None, :].clone())
 
-    def renew(self, model: nn.Module, rate: float, growth: Growth, head_scores: list[Tensor] | None = None) -> Moved:
+    def renew(self, model: nn.Module, rate: float, growth: Growth, head_scores: list[Tensor] | None) -> Moved:
         """One update of all blocks. head_scores: [2, H] per block (see `score_heads`), over all images of the last step."""
         moved = []
         for block, of_heads in zip(model.blocks, head_scores, strict=True):
@@ -151,8 +151,8 @@ class Structured:
 
 
 def heads_of(attention: Attention) -> Tensor:
-    """The active heads, bool [H]."""
-    return attention.qkv.weight_mask.view(3, attention.num_heads, -1)[0, :, 0].clone()
+    """The active heads, bool [H]: those with any row, of queries, keys or values."""
+    return attention.qkv.weight_mask.view(3, attention.num_heads, -1).any(dim=2).any(dim=0)
 
 
 def neurons_of(mlp: Mlp) -> Tensor:

@@ -105,12 +105,13 @@ class DynamicSparseTraining:
             "density": [float(layer.weight_mask.double().mean()) for layer in layers.values()],
             "explored": [float(self.ever[name].double().mean()) for name in layers],
         }
+        names = {"layers": list(layers)} if int(self.model.updates) == 1 else {}  # once is enough
         of_all = {
             key: sum(n * share for n, share in zip(sizes, found, strict=True)) / sum(sizes)
             for key, found in shares.items()
         }
-        by_layer = {f"layer_{key}": [round(share, 4) for share in found] for key, found in shares.items()}
-        return {key: round(share, 6) for key, share in of_all.items()} | by_layer
+        by_layer = {"layer_explored": [round(share, 4) for share in shares["explored"]]}
+        return {key: round(share, 6) for key, share in of_all.items()} | by_layer | names
 
     def state_dict(self) -> dict[str, Any]:
         return {"ever": dict(self.ever), "growth": self.growth.state_dict()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from methods.core.masking import bake, mask_densities, mask_layer, maskable, masked_layers
 from methods.svite.criteria import DEATH, Growth, grow
@@ -16,7 +16,7 @@ from methods.svite.pattern import Moved, Units
 
 def is_weight(name: str) -> bool:
     """Which weights are sparse: all of linear layers and convolutions, patch embedding and classifier included, but the token
-    scorer's (section 1.1 of the official code: every parameter of two or four dimensions)."""
+    scorer's. (The official code: every parameter of two or four dimensions.)"""
     return not name.startswith("gumbel.")
 
 
@@ -34,7 +34,7 @@ class Unstructured:
         for name, layer in layers.items():
             mask_layer(layer, torch.rand(layer.weight.shape).to(layer.weight.device) < densities[name])
 
-    def renew(self, model: nn.Module, rate: float, growth: Growth, head_scores: None = None) -> Moved:
+    def renew(self, model: nn.Module, rate: float, growth: Growth, head_scores: list[Tensor] | None) -> Moved:
         """One update of all masks. Weights that are on are as the last step left them, others zero; new connections start at zero,
         those that come straight back keep their value; the optimizer's moments are not touched."""
         dropped = regrown = 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+
+from methods.core.contract import Unsupported
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -34,12 +36,15 @@ def fixed_erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def custom(shapes: Shapes, densities: Mapping[str, float]) -> dict[str, float]:
-    """Densities by pattern of name ("blocks.*.attn.qkv.weight"), the first that matches; 1 where none does. ValueError for a
+    """Densities by pattern of name ("blocks.*.attn.qkv.weight"), the first that matches; 1 where none does. Unsupported for a
     pattern that no weight has."""
     unused = next((p for p in densities if not any(fnmatchcase(name, p) for name in shapes)), None)
     if unused is not None:
-        raise ValueError(f"densities: no weight is called {unused!r}; the first is {next(iter(shapes), None)!r}")
+        raise Unsupported(f"densities: no weight is called {unused!r}; the first is {next(iter(shapes), None)!r}")
     return {
         name: next((density for pattern, density in densities.items() if fnmatchcase(name, pattern)), 1.0)
         for name in shapes
     }
+
+
+SPREADS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"fixed_ERK": fixed_erk, "uniform": uniform}
