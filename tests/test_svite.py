@@ -135,7 +135,7 @@ def test_the_schedule_is_the_official_one():
 
 
 def test_one_update_is_the_official_one():
-    """A step and an update from the initial masks: gradients, weights, masks, bit for bit."""
+    """A step and an update from the initial masks: masks bit for bit, weights to rounding."""
     case = golden("mask_update_1")
     method = methods.create("svite", density=0.5, update_frequency=1)
     learner = Learner(method, under(case, "init_dense"), under(case, "mask_init"))

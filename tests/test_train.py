@@ -167,7 +167,7 @@ def test_a_limit_in_steps_is_the_same_for_all(tmp_path, tiny_data, toy_file):
     run_, trainer = trainer_of(tmp_path / "a.yaml", toy_file, tmp_path / "r")
     cells = {cell.label: cell for cell in run_.cells()}
     steps = {label: trainer.weights(cell, label).phases[0]["steps"] for label, cell in cells.items()}
-    assert steps == {"dense": 2, "dense+": 2, "svite update_frequency=1": 4}
+    assert steps == {"dense": 2, "dense+": 2, "svite update_frequency=1": 4, "toy": 2}
 
 
 def test_the_criterion_follows_the_recipe():

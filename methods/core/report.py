@@ -52,7 +52,7 @@ class Overhead:
 
 @dataclass(frozen=True)
 class Report:
-    """One entry per block, in order; the density of every parameter that is not dense, by name, as the paper counts it (from the mask;
+    """One entry per block, in order; the density of parameters, by name (others are dense), as the paper counts it (from the mask;
     from zeros only for imported checkpoints that have no mask); and the overhead. remarks: what a reader of the row must know of this
     model, a line each. fixed_shapes: every image takes the same work although the counts differ (tokens are zeros, and not gone)."""
 
