@@ -182,6 +182,23 @@ def test_compiled_training_learns_the_same_and_leaves_nothing_compiled():
     assert all(module._compiled_call_impl is None for module in compiled.modules())
 
 
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_training_scores_the_same_heads():
+    """The scores are taken inside of the compiled blocks, in some steps and not in others."""
+    method = methods.create("svite", pruning_type="structured", atten_density=0.5, update_frequency=2)
+    told = []
+    for wanted in (True, False):
+        torch.manual_seed(0)
+        sparse = method.sparsify(vit())
+        with execution.compiled_blocks(sparse, wanted=wanted):
+            phases = method.phases(sparse, nn.CrossEntropyLoss())
+            (log,), _ = run_phases(sparse, phases, Training(RECIPE, random_data(), PLAN, 0, 6))
+        heads = [units.heads.tolist() for units in method.pattern.units(sparse)]
+        told.append((heads, [(event["step"], event["regrown"]) for event in log.events]))
+    assert told[0] == told[1]
+    assert len(told[0][1]) == 2
+
+
 def test_training_costs_three_forwards_and_the_teacher_one():
     (log,), _ = train(vit())
     forward = cost.dense_formula_holds(vit(), torch.zeros(1, 3, 24, 24))[2]
