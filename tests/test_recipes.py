@@ -182,6 +182,7 @@ def test_compiled_training_learns_the_same_and_leaves_nothing_compiled():
     assert all(module._compiled_call_impl is None for module in compiled.modules())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler")
 def test_compiled_training_scores_the_same_heads():
     """The scores are taken inside of the compiled blocks, in some steps and not in others."""
