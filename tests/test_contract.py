@@ -48,7 +48,6 @@ def test_built_in_methods_keep_the_contract(name):
     [
         {"growth": "momentum", "death": "SET"},
         {"growth": "random", "density": 0.5},
-        {"pruning_type": "structured"},
         {"token_number": 0.6, "mode": "gather", "pruning_type": "structured"},
         {"token_number": 0.6, "eval_noise": 1, "density": 0.5},
     ],
