@@ -49,8 +49,8 @@ class SparseObjective(Classification):
 
 @dataclass
 class DynamicSparseTraining:
-    """The hooks of a phase, and what they remember: which weights were ever active, running means. How many updates there have been is a
-    buffer of the model, beside the masks.
+    """The hooks of a phase, and what they remember: how many updates were due (the model has the number, too, for its report; asking a GPU for it in
+    every step would wait), which weights were ever active, running means.
 
     The order in a step is the official code's: gradients of all weights (masked ones too), the optimizer's step on all of them, masks; then,
     where one is due, an update by these gradients, and masks again. A step that was skipped has no gradients to go by: its update waits for
@@ -66,6 +66,7 @@ class DynamicSparseTraining:
 
     def __post_init__(self) -> None:
         self.model = self.objective.model
+        self.made = 0
         self.ever = {name: _full(layer) for name, layer in masked_layers(self.model).items()}
 
     def before_step(self, step: int, steps: int) -> None:
@@ -81,19 +82,20 @@ class DynamicSparseTraining:
         self.growth.watch(masked_layers(self.model))
         if not self._is_due(done, steps):
             return None
-        self.model.updates.fill_(self.updates.due(done, steps))
+        self.made = self.updates.due(done, steps)
+        self.model.updates.fill_(self.made)
         rate = self.rate(done, steps)
         moved = self.pattern.renew(self.model, rate, self.growth, self.objective.head_scores())
         apply_masks(self.model)
         return {
-            "update": int(self.model.updates),
+            "update": self.made,
             "death_rate": rate,
             "dropped": moved.dropped,
             "regrown": moved.regrown,
         } | self._explored()
 
     def _is_due(self, done: int, steps: int) -> bool:
-        return self.updates.due(done, steps) > max(int(self.model.updates), 0) and self.updates.is_open(done, steps)
+        return self.updates.due(done, steps) > self.made and self.updates.is_open(done, steps)
 
     def _explored(self) -> dict[str, Any]:
         """The in-time over-parameterisation: the share of weights that have been active so far, beside the share that is."""
@@ -105,7 +107,7 @@ class DynamicSparseTraining:
             "density": [float(layer.weight_mask.double().mean()) for layer in layers.values()],
             "explored": [float(self.ever[name].double().mean()) for name in layers],
         }
-        names = {"layers": list(layers)} if int(self.model.updates) == 1 else {}  # once is enough
+        names = {"layers": list(layers)} if self.made == 1 else {}  # once is enough
         of_all = {
             key: sum(n * share for n, share in zip(sizes, found, strict=True)) / sum(sizes)
             for key, found in shares.items()
@@ -114,10 +116,10 @@ class DynamicSparseTraining:
         return {key: round(share, 6) for key, share in of_all.items()} | by_layer | names
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ever": dict(self.ever), "growth": self.growth.state_dict()}
+        return {"made": self.made, "ever": dict(self.ever), "growth": self.growth.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ever = dict(state["ever"])
+        self.made, self.ever = state["made"], dict(state["ever"])
         self.growth.load_state_dict(state["growth"])
 
 
