@@ -86,7 +86,7 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
     console = Console(highlight=False)
-    table = _table("method", "GMACs\ndense", "\ntheory", "\nrun", "params M\ntheory", "\nrun", "\n≠ 0")
+    table = _table("method", "GMACs\ndense", "\ntheory", "\nrun", "params\ntheory", "\nrun", "\n≠ 0")
     for label, row in rows.items():
         macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
         if row["macs_spread"]["executed"]:
@@ -104,7 +104,7 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_block(label, row))
     for row in list(rows.values())[:1]:
         console.print(
-            f"{row['backbone']}; per image; {row['convention']}; theory: as papers count, run: of the deployed model",
+            f"{row['backbone']}; per image; {row['convention']}; theory: as papers count, run: of the deployed model; parameters in millions",
             soft_wrap=True,
         )
 

@@ -137,7 +137,7 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
         macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
         params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=_is_reference(first),
     )  # fmt: skip
-    row.remarks = list(dict.fromkeys(line for record in found for line in record["report"].get("remarks", [])))
+    row.remarks = list(dict.fromkeys(line for record in found for line in record.get("report", {}).get("remarks", [])))
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])

@@ -157,6 +157,7 @@ def test_cost_as_json():
         "macs_executed",
         "params",
         "params_nonzero",
+        "params_theoretical",
         "macs_spread",
         "macs_images",
         "parts",

@@ -46,10 +46,10 @@ def test_built_in_methods_keep_the_contract(name):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"growth": "momentum", "death": "SET"},
         {"growth": "random", "density": 0.5},
         {"token_number": 0.6, "mode": "gather", "pruning_type": "structured"},
-        {"token_number": 0.6, "eval_noise": 1, "density": 0.5},
+        pytest.param({"growth": "momentum", "death": "SET"}, marks=pytest.mark.long),
+        pytest.param({"token_number": 0.6, "eval_noise": 1, "density": 0.5}, marks=pytest.mark.long),
     ],
 )
 def test_sparse_training_keeps_the_contract_while_masks_move(settings):
