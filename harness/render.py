@@ -36,7 +36,7 @@ convolutions only. *dense*: the untouched backbone. *theory*: by formula from wh
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
-share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm after 30 s;
+share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm in time;
 `~`: noisy, the 90th percentile of either network is more than {NOISY} times its median, or other processes kept the machine busy; (b32): measured at batch 32, since
 memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
