@@ -293,12 +293,28 @@ def visualize(
     ] = None,
     results: Results = ROOT / "results",
 ) -> None:
-    """Draws what a trained model keeps (PNG): weights, heads, neurons, tokens."""
+    """Draws what a trained model keeps (PNG): weights, heads, neurons, tokens, attention."""
     from harness import records
     from harness.pictures import draw
 
     for path in draw(records.load(records.find(results, record)), output or results / "pictures"):
         typer.echo(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+@app.command()
+def masks(
+    record: Annotated[
+        str, typer.Argument(metavar="RECORD", help="A train record's id (its beginning is enough) or file.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the masks go.")],
+    results: Results = ROOT / "results",
+) -> None:
+    """Writes a record's fixed attention masks as ViTCoD's authors do: bool [blocks, heads, queries, keys], True where pruned."""
+    from harness import records
+    from harness.pictures import write_masks
+
+    write_masks(records.load(records.find(results, record)), output)
+    typer.echo(output)
 
 
 def _write_leaderboard(results: Path, only: str | None = None, csv: Path | None = None, must_have: bool = True) -> None:

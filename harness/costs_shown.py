@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from harness.cost import Costs
 
 SHORT = {"embedding": "embed", "projections": "proj", "attention": "attn", "overhead": "extra"}
+KEEP_RATE = 0.7  # of what an untrained model decides image by image, as in `latency`
 COUNTS = {"dense": "dense", "theoretical": "theory", "executed": "run"}
 
 
@@ -35,6 +36,7 @@ def cost_rows(
     import torch
 
     from harness import cost, models
+    from harness.summary import estimates
     from harness.trace import check_names
     from methods import Unsupported
 
@@ -53,8 +55,12 @@ def cost_rows(
         except Unsupported as error:
             refused.append(f"{method.name}: not on {backbone}: {error}")
             continue
+        method.calibrate(sparse, noise, KEEP_RATE)
         costs = cost.count(method, vit, sparse, method.deploy(sparse), noise, named)
-        rows[label] = _row(method, backbone, costs) | {"convention": convention(sorted(named))}
+        report = method.report(sparse, noise)
+        rows[label] = _row(method, backbone, costs) | {
+            "convention": convention(sorted(named)), "remarks": list(report.remarks), "estimates": estimates(report),
+        }  # fmt: skip
     return rows, refused
 
 
@@ -86,7 +92,17 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
     console = Console(highlight=False)
-    table = _table("method", "GMACs\ndense", "\ntheory", "\nrun", "params\ntheory", "\nrun", "\n≠ 0")
+    models = list(dict.fromkeys(one["name"] for row in rows.values() for one in row["estimates"]))
+    table = _table(
+        "method",
+        "GMACs\ndense",
+        "\ntheory",
+        "\nrun",
+        "params\ntheory",
+        "\nrun",
+        "\n≠ 0",
+        *(f"{name}\nestimate, µs" for name in models),
+    )
     for label, row in rows.items():
         macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
         if row["macs_spread"]["executed"]:
@@ -95,6 +111,7 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             escape(label),
             *macs,
             *(f"{row[key] / 1e6:.3f}" for key in ("params_theoretical", "params", "params_nonzero")),
+            *(_estimate(row, name) for name in models),
         )
     console.print(table)
     for label, row in rows.items():
@@ -102,11 +119,19 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_part(label, row))
         elif by == "block":
             console.print(_by_block(label, row))
+    notes = {f"{label}: {line}": None for label, row in rows.items() for line in row["remarks"]}
+    notes |= {f"{label}, {one['name']}: {one['note']}": None for label, row in rows.items() for one in row["estimates"]}
+    for note in notes:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
     for row in list(rows.values())[:1]:
         console.print(
             f"{row['backbone']}; per image; {row['convention']}; theory: as papers count, run: of the deployed model; parameters in millions",
             soft_wrap=True,
         )
+
+
+def _estimate(row: dict[str, Any], name: str) -> str:
+    return next((f"{one['microseconds']:.1f}" for one in row["estimates"] if one["name"] == name), "")
 
 
 def _by_part(label: str, row: dict[str, Any]) -> Table:

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from harness.device import DTYPES, sensors
 from harness.device.execution import NotAvailable, cold_inputs, is_out_of_memory, peak_of, precision, timed, use
 from harness.device.observe import Observer
-from harness.modes import Prepared, prepare
+from harness.modes import Prepared, has_own_kernels, prepare
+from harness.trace import traced_macs
 
 WARM_UP_LIMIT = 30.0  # seconds for both models together ...
-WARM_UP_SHARE = 100.0  # ... and so many times the seconds asked for: who measures for an instant does not wait for half a minute
+WARM_UP_SHARE = (
+    100.0  # ... and so many times the seconds asked for: who measures for an instant does not wait for half a minute
+)
 STABLE = 0.01  # warmed up when the medians of successive windows differ by less ...
 SCATTER = (
     0.02  # ... or by less than one standard error, where windows so long that this is below 2 % still scatter more
@@ -197,6 +200,8 @@ def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
         if not is_out_of_memory(error):
             raise
         return facts | {"peak_bytes": None, "operations": None, "waits": None}
+    if has_own_kernels(model):  # what it executes is known only now
+        facts |= {"macs_executed": traced_macs(model, inputs), "kernels_refused": contender.prepared.refused}
     return facts | {"peak_bytes": peak, "operations": seen.operations, "waits": len(seen.waits)}
 
 

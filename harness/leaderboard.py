@@ -14,7 +14,7 @@ import numpy as np
 import methods
 from harness import records, stats
 from harness.packing import unpack
-from harness.speeds import Speed, Timing, column_names, judge, speed_of
+from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 
 Record = dict[str, Any]
 COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
@@ -42,7 +42,10 @@ class Row:
     pareto: bool = False
     speeds: dict[Timing, Speed] = field(default_factory=dict)
     verdict: str | None = None  # why it is slower than its formula
-    remarks: list[str] = field(default_factory=list)  # the method's own, of any seed
+    remarks: list[str] = field(default_factory=list)  # the method's own, of any seed; which attention was chosen
+    estimates: dict[str, float] = field(
+        default_factory=dict
+    )  # microseconds by models of hardware that nobody measured, means over seeds
     is_reference: bool = False
     ema_top1: float | None = None  # of the averaged weights; None where a seed has none
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
@@ -109,6 +112,8 @@ def _table(name: str, context_id: str, group: list[Record], timed_on: dict | Non
     for row in rows:
         macs = (row.macs_dense, row.macs_theoretical, row.macs_executed)
         row.verdict = judge(macs, parts[row.label], row.speeds, column_names(timings))
+        kernels = chosen_kernels(row.speeds, column_names(timings))
+        row.remarks += [kernels] if kernels else []
     return Table(name, context_id, group[0]["context"], timed_on, rows, timings)
 
 
@@ -144,7 +149,18 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
     if reference is not None and not row.is_reference:
         _compare(row, found, reference)
     row.speeds = _speeds(row, found, measures)
+    row.macs_executed = executed(row.macs_executed, row.speeds.values())
+    _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])
     return row
+
+
+def _estimate(row: Row, found: list[list[dict[str, Any]]]) -> None:
+    """Means of what all seeds have, and what to know of it."""
+    for one in found[0]:
+        same = [other["microseconds"] for estimates in found for other in estimates if other["name"] == one["name"]]
+        if len(same) == len(found):
+            row.estimates[one["name"]] = statistics.mean(same)
+            row.remarks.append(f"{one['name']}: {one['note']}")
 
 
 def _sum(record: Record, key: str) -> float | None:

@@ -1,4 +1,8 @@
-"""Ways of executing a model: eager, compiled, as a CUDA graph; and the attention kernels and memory format it is fastest with."""
+"""Ways of executing a model: eager, compiled, as a CUDA graph; and the attention kernels and memory format it is fastest with.
+
+An attention module may have kernels of its own besides timm's two: `kernels(device)` names all it has there, the usual choice first, and
+`use_kernel(name, device)` makes it go on with one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 
 from harness import device as devices
 from harness.device.execution import NotAvailable, is_out_of_memory, record_graph, synchronize, timed
+from methods.core.native import NoKernel
 
 KERNELS = ("fused", "plain")  # the usual choice first
 TRIALS = 7  # timed calls of each alternative
@@ -24,12 +29,14 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass
 class Prepared:
-    """A model that is ready to run: call it with images [B, 3, H, W]. kernels: which attention kernel for which number of tokens."""
+    """A model that is ready to run: call it with images [B, 3, H, W]. kernels: which attention kernel for which number of tokens, several where
+    layers differ. refused: kernels that could not be tried, and why."""
 
     model: nn.Module
     forward: Forward
     channels_last: bool = False
     kernels: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def inputs(self, images: Tensor) -> Tensor:
         """The images in the memory format that the model takes."""
@@ -46,19 +53,40 @@ def prepare(model: nn.Module, images: Tensor, dtype: str, mode: str) -> Prepared
         own.patch_embed.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     if mode == "compile":
-        forward, kernels = _compiled(own, images)
+        forward, kernels, refused = _compiled(own, images)
     else:
-        kernels = _choose_kernels(own, images, mode)
+        kernels, refused = _choose_kernels(own, images, mode)
         forward = record_graph(images.device, own, images) if mode == "cudagraph" else own
-    return Prepared(own, forward, channels_last, kernels)
+    return Prepared(own, forward, channels_last, kernels, refused)
 
 
-def _compiled(model: nn.Module, images: Tensor) -> tuple[Forward, dict[str, str]]:
-    """The whole model in one graph, with plain or fused attention throughout: the compiler fuses across modules, so what is
+def has_own_kernels(model: nn.Module) -> bool:
+    """Whether what it executes depends on the kernels chosen for it."""
+    return any(hasattr(module, "use_kernel") for module in model.modules())
+
+
+def _kernels_of(module: Attention, device: torch.device) -> tuple[str, ...]:
+    return module.kernels(device) if hasattr(module, "kernels") else KERNELS
+
+
+def _use(module: Attention, kernel: str, device: torch.device) -> None:
+    if hasattr(module, "use_kernel"):
+        module.use_kernel(kernel, device)
+    else:
+        module.fused_attn = kernel == "fused"
+
+
+def _compiled(model: nn.Module, images: Tensor) -> tuple[Forward, dict[str, str], dict[str, str]]:
+    """The whole model in one graph, with the same attention kernel throughout (where a layer has it): the compiler fuses across modules, so what is
     fastest for a module alone says little."""
-    candidates = []
-    for kernel in KERNELS:
-        devices.set_attention(model, kernel == "fused")
+    device = images.device
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    offered = {module: _kernels_of(module, device) for module in attentions}
+    candidates: dict[str, Forward] = {}
+    refused: dict[str, str] = {}
+    for kernel in dict.fromkeys([*KERNELS, *(name for names in offered.values() for name in names)]):
+        for module, names in offered.items():
+            _use(module, kernel if kernel in names else names[0], device)
         own = copy.deepcopy(model)
         forward = torch.compile(own, fullgraph=True, dynamic=False)
         try:
@@ -66,11 +94,16 @@ def _compiled(model: nn.Module, images: Tensor) -> tuple[Forward, dict[str, str]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise NotAvailable(_why_not_compiled(error)) from error
-        candidates.append(forward)
-    best = _fastest([lambda forward=forward: forward(images) for forward in candidates], images.device)
-    devices.set_attention(model, KERNELS[best] == "fused")
-    return candidates[best], {"all": KERNELS[best]}
+            if kernel in KERNELS:
+                raise NotAvailable(_why_not_compiled(error)) from error
+            refused[kernel] = _why_refused(error)
+            continue
+        candidates[kernel] = forward
+    names = list(candidates)
+    best = names[_fastest([lambda forward=forward: forward(images) for forward in candidates.values()], device)]
+    for module, own_names in offered.items():
+        _use(module, best if best in own_names else own_names[0], device)
+    return candidates[best], {"all": best}, refused
 
 
 def _why_not_compiled(error: Exception) -> str:
@@ -81,21 +114,33 @@ def _why_not_compiled(error: Exception) -> str:
     return f"torch.compile: {'the graph breaks: ' if kind == 'Unsupported' else ''}{first[:160]}"
 
 
-def _choose_kernels(model: nn.Module, images: Tensor, mode: str) -> dict[str, str]:
-    """Sets every attention to the kernel that is faster on the tokens it gets, and says which."""
-    chosen: dict[str, str] = {}
+def _why_refused(error: Exception) -> str:
+    return str(error) if isinstance(error, NoKernel) else _why_not_compiled(error)
+
+
+def _choose_kernels(model: nn.Module, images: Tensor, mode: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Sets every attention to the kernel that is fastest on the tokens it gets, and says which, and what could not be tried."""
+    chosen: dict[str, dict[str, None]] = {}
+    refused: dict[str, str] = {}
     for (tokens, *_), (example, modules) in _attention_inputs(model, images).items():
-        calls = []
-        for kernel in KERNELS:
+        calls: dict[str, Callable[[], object]] = {}
+        for kernel in _kernels_of(modules[0], images.device):
             one = copy.deepcopy(modules[0])
-            one.fused_attn = kernel == "fused"
-            run = record_graph(images.device, one, example) if mode == "cudagraph" else one
-            calls.append(lambda run=run, example=example: run(example))
-        best = KERNELS[_fastest(calls, images.device)]
+            _use(one, kernel, images.device)
+            try:
+                run = record_graph(images.device, one, example) if mode == "cudagraph" else one
+                run(example)
+            except Exception as error:
+                if kernel in KERNELS or is_out_of_memory(error):
+                    raise
+                refused[kernel] = _why_refused(error)
+                continue
+            calls[kernel] = lambda run=run, example=example: run(example)
+        best = list(calls)[_fastest(list(calls.values()), images.device)]
         for module in modules:
-            module.fused_attn = best == "fused"
-        chosen[str(tokens)] = best if chosen.get(str(tokens), best) == best else "both"
-    return chosen
+            _use(module, best, images.device)
+        chosen.setdefault(str(tokens), {})[best] = None
+    return {tokens: " and ".join(sorted(names)) for tokens, names in chosen.items()}, refused
 
 
 def _attention_inputs(model: nn.Module, images: Tensor) -> dict[tuple, tuple[Tensor, list[Attention]]]:
@@ -105,7 +150,8 @@ def _attention_inputs(model: nn.Module, images: Tensor) -> dict[tuple, tuple[Ten
     def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         others = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]
         if isinstance(args[0], Tensor) and not others:
-            key = (args[0].shape[-2], tuple(args[0].shape), type(module), module.num_heads, module.head_dim)
+            itself = id(module) if hasattr(module, "use_kernel") else 0  # kernels of its own depend on its mask
+            key = (args[0].shape[-2], tuple(args[0].shape), type(module), module.num_heads, module.head_dim, itself)
             found.setdefault(key, (args[0].clone(), []))[1].append(module)
 
     attentions = [module for module in model.modules() if isinstance(module, Attention)]

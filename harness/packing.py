@@ -1,6 +1,7 @@
-"""Per-image correctness as text, so that a record can hold it. No torch here."""
+"""Arrays as text, so that a record can hold them: per-image correctness, masks, maps. No torch here."""
 
 import base64
+import zlib
 
 import numpy as np
 
@@ -13,3 +14,13 @@ def pack(correct: np.ndarray) -> str:
 def unpack(text: str, count: int) -> np.ndarray:
     """The bool [count] that `pack` packed."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)
+
+
+def squeeze(array: np.ndarray) -> str:
+    """An array's bytes, compressed, as base64 text."""
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+
+
+def unsqueeze(text: str, dtype: type, shape: tuple[int, ...] = (-1,)) -> np.ndarray:
+    """The array that `squeeze` squeezed."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype).reshape(shape)

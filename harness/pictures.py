@@ -1,7 +1,8 @@
-"""Draws what a record's report says: which weights, heads, neurons and tokens were kept, and how masks moved. matplotlib is an extra."""
+"""Draws what a record's report says: which weights, heads, neurons, tokens and attention entries were kept, and how masks moved. matplotlib is an extra."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness.errors import UserError
-from harness.packing import unpack
+from harness.packing import unpack, unsqueeze
+from harness.records import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,6 +50,22 @@ def draw(record: Record, folder: Path) -> list[Path]:
     if not written:
         raise UserError(f"record {record['id']} ({record['label']}) keeps everything: there is nothing to draw")
     return written
+
+
+def write_masks(record: Record, path: Path) -> None:
+    """The record's fixed attention as a .npy file, True where an entry is pruned. UserError where it has none."""
+    if "attention" not in record.get("report", {}):
+        raise UserError(
+            f"record {record.get('id')} ({record.get('label')}): no attention masks, the same for all images, are in it"
+        )
+    if path.suffix != ".npy":
+        raise UserError(f"--output {path}: must end in .npy")
+    content = io.BytesIO()
+    np.save(content, ~kept_entries(record))
+    try:
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        raise UserError(f"--output {path}: {(error.strerror or str(error)).lower()}") from None
 
 
 # Each picture: whether the record has something of it, its size in inches, and how it is painted.
@@ -154,6 +172,86 @@ def _line(axes: Axes, steps: list[int], values: list[float], text: str) -> None:
     axes.legend(fontsize=7)
 
 
+def _has_attention(record: Record) -> bool:
+    return "attention" in record["report"]
+
+
+def _has_maps(record: Record) -> bool:
+    return "average" in record["report"].get("attention", {})
+
+
+def _has_order(record: Record) -> bool:
+    return "label" in record["report"].get("attention", {})
+
+
+def _maps(figure: Figure, record: Record) -> None:
+    """Averaged attention of every head, brighter is more (square root, each head's largest is white)."""
+    found = record["report"]["attention"]
+    maps = unsqueeze(found["average"], np.uint8, tuple(found["shape"]))
+    _panels(figure, maps, "inferno", 255)
+
+
+def _masks(figure: Figure, record: Record) -> None:
+    """The entries of every head that are kept, black; rows are queries, columns keys."""
+    _panels(figure, kept_entries(record), "binary", 1)
+
+
+def _reordered(figure: Figure, record: Record) -> None:
+    """The same with each head's tokens in their new order: left of the line the columns that are dense, right of it the sparser part."""
+    columns = record["report"]["attention"]["global_tokens"]
+    _panels(figure, _in_order(record), "binary", 1, columns)
+
+
+def _in_order(record: Record) -> np.ndarray:
+    found = record["report"]["attention"]
+    blocks, heads, tokens, _ = found["shape"]
+    places = unsqueeze(found["label"], np.int16, (blocks, heads, tokens)).argsort(axis=-1)
+    kept = np.take_along_axis(kept_entries(record), places[..., :, None], axis=2)
+    return np.take_along_axis(kept, places[..., None, :], axis=3)
+
+
+def kept_entries(record: Record) -> np.ndarray:
+    """bool [blocks, heads, queries, keys] of a record whose attention is fixed."""
+    found = record["report"]["attention"]
+    count = int(np.prod(found["shape"]))
+    return np.unpackbits(unsqueeze(found["kept"], np.uint8), count=count).reshape(found["shape"]).astype(bool)
+
+
+def _panels(figure: Figure, grids: np.ndarray, colours: str, most: float, lines: list[list[int]] | None = None) -> None:
+    """A small picture for every block (down) and head (across) of grids [blocks, heads, N, N]."""
+    blocks, heads = grids.shape[:2]
+    side = max(0.8, 4.0 / max(blocks, heads))
+    figure.set_size_inches(max(side * heads + 0.6, 4.0), side * blocks * 1.08 + 0.6)
+    axes = figure.subplots(blocks, heads, squeeze=False)
+    for block in range(blocks):
+        for head in range(heads):
+            one = axes[block, head]
+            one.imshow(grids[block, head], cmap=colours, vmin=0, vmax=most, interpolation="antialiased")
+            one.set(xticks=[], yticks=[])
+            if lines is not None:
+                one.axvline(lines[block][head] - 0.5, color="tab:red", linewidth=0.8)
+            if head == 0:
+                one.set_ylabel(f"block {block}", fontsize=6)
+            if block == 0:
+                one.set_title(f"head {head}", fontsize=6)
+
+
+def _split(figure: Figure, record: Record) -> None:
+    """How many of each block's entries are kept: in dense columns, and in the sparser part beside them."""
+    kept, columns = _in_order(record), record["report"]["attention"]["global_tokens"]
+    blocks, heads, tokens, _ = kept.shape
+    dense = [sum(kept[b, h, :, : columns[b][h]].sum() for h in range(heads)) for b in range(blocks)]
+    whole = heads * tokens**2
+    rest = kept.sum(axis=(1, 2, 3)) - dense
+    axes = figure.subplots()
+    axes.bar(range(blocks), np.array(dense) / whole, label="in global columns (denser part)", color="tab:red")
+    axes.bar(
+        range(blocks), rest / whole, bottom=np.array(dense) / whole, label="elsewhere (sparser part)", color="0.35"
+    )
+    axes.set(xlabel="block", ylabel="share of attention entries kept", xticks=range(blocks))
+    axes.legend(fontsize=7)
+
+
 def _weights(record: Record) -> dict[str, float]:
     return {name: share for name, share in record["report"]["weight_density"].items() if name.endswith(".weight")}
 
@@ -164,4 +262,8 @@ PICTURES: dict[str, tuple[Callable[[Record], bool], tuple[float, float], Callabl
     "neurons": (_has_neurons, (8.0, 3.0), _neurons),
     "tokens": (_has_tokens, (6.4, 3.6), _tokens),
     "exploration": (_has_updates, (6.4, 4.8), _exploration),
+    "attention": (_has_maps, (4.0, 4.0), _maps),
+    "masks": (_has_attention, (4.0, 4.0), _masks),
+    "reordered": (_has_order, (4.0, 4.0), _reordered),
+    "split": (_has_order, (6.4, 3.6), _split),
 }

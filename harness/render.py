@@ -33,13 +33,14 @@ recipe. From {MIN_SEEDS} seeds on with the 95 % interval of a paired bootstrap o
 the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is shown, and nothing is claimed (†).
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
-*run*: traced on the deployed model: what is masked but not skipped shows no saving here.
+*run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
 share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm in time;
 `~`: noisy, the 90th percentile of either network is more than {NOISY} times its median, or other processes kept the machine busy; (b32): measured at batch 32, since
 memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
+*estimated*: what a model of hardware says that nobody measured here; a line below the table says whose.
 ◆: no other row is both at least as accurate and as cheap (GMACs run).
 """
 
@@ -103,6 +104,10 @@ def _cells(table: Table) -> list[list[str]]:
     head = ["method", "seeds", "top-1 %", "Δ dense+", "GMACs dense", "theory", "run", "params M"]
     head += [f"latency, {name}" for name in column_names(table.timings).values()]
     rows = [[*_facts(row), *[_speed(row, timing) for timing in table.timings]] for row in table.rows]
+    for name in dict.fromkeys(name for row in table.rows for name in row.estimates):
+        head.append(f"{name}, *estimated* µs")
+        for cells, row in zip(rows, table.rows, strict=True):
+            cells.append(f"{row.estimates[name]:.2f}" if name in row.estimates else "")
     if any(row.ema_top1 is not None for row in table.rows):  # beside the raw weights' accuracy
         head.insert(3, "averaged weights %")
         for cells, row in zip(rows, table.rows, strict=True):
@@ -171,6 +176,7 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
+                **{f"estimated_us, {name}": value for name, value in row.estimates.items()},
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))

@@ -24,6 +24,7 @@ from harness.latency import Conditions
 from harness.packing import pack
 from harness.progress import Reporter
 from harness.records import MEASURE_REVISION, RETRIED, Store, identify, provenance, source_digest
+from harness.summary import summary
 from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
 from harness.training.journal import require_tensorboard
 from harness.training.optimizers import check_recipe
@@ -173,7 +174,7 @@ class Runner:
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
             "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
             "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
-            "report": _summary(cell.method.report(sparse, images)), "phases": trained.phases,
+            "report": summary(cell.method.report(sparse, images)), "phases": trained.phases,
             "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device) | {"processes": self.cluster.size},
@@ -241,47 +242,6 @@ class Runner:
     def _held_out(self) -> str:
         """The split that costs are counted and timed on."""
         return "val" if len(self.data.val_ids) else "test"
-
-
-def _summary(report: methods.Report) -> dict[str, Any]:
-    """The report in a record: means over the images, a number per block."""
-
-    def mean(tensor: torch.Tensor) -> float:
-        return round(float(tensor.double().mean()), 3)
-
-    return {
-        "tokens": {
-            kind: [mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
-        },
-        "attention_density": [mean(block.attention_density) if block.attention_density is not None else 1.0 for block in report.blocks],
-        **_units(report),
-        "weight_density": {name: round(density, 6) for name, density in report.weight_density.items()},
-        "overhead_macs": {extra.name: mean(extra.macs) for extra in report.overhead},
-        **({"remarks": list(report.remarks)} if report.remarks else {}),
-    }  # fmt: skip
-
-
-def _units(report: methods.Report) -> dict[str, Any]:
-    """Per block, where a report has them: the attention density of each head, and the MLP's active neurons, packed."""
-    blocks = report.blocks
-    found: dict[str, Any] = {}
-    if any(block.attention_density is not None or block.active_heads is not None for block in blocks):
-        found["head_density"] = [_of_heads(block) for block in blocks]
-    if any(block.active_neurons is not None for block in blocks):
-        found["neurons"] = [
-            {"of": len(block.active_neurons), "active": pack(block.active_neurons.cpu().numpy())}
-            if block.active_neurons is not None
-            else None
-            for block in blocks
-        ]
-    return found
-
-
-def _of_heads(block: methods.BlockReport) -> list[float] | None:
-    active = 1.0 if block.active_heads is None else block.active_heads.double()
-    if block.attention_density is not None:
-        return [round(share, 4) for share in (block.attention_density.double().mean(dim=0) * active).tolist()]
-    return None if block.active_heads is None else active.tolist()
 
 
 def _reason(error: Exception) -> str:

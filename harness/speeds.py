@@ -38,6 +38,10 @@ class Speed:
     peak_bytes: int | None = None
     joules: float | None = None
     operations: tuple[int, int] | None = None
+    macs: float | None = (
+        None  # that ran, where attention kernels of the method's own were chosen by measuring; None: as counted elsewhere
+    )
+    kernels: str = ""  # those of the deployed model's attention
 
     def numbers(self, timing: Timing) -> dict[str, Any]:
         """For CSV: milliseconds, bytes, joules per image."""
@@ -46,7 +50,7 @@ class Speed:
             return where | {"unavailable": self.unavailable}
         return where | {
             "measured_batch": self.batch, "ms": self.milliseconds, "speed_up": self.speed_up, "half_width": self.half_width, "realised": self.realised,
-            "warm": self.warm, "noisy": self.noisy, "peak_bytes": self.peak_bytes, "joules": self.joules,
+            "warm": self.warm, "noisy": self.noisy, "peak_bytes": self.peak_bytes, "joules": self.joules, "measured_macs": self.macs,
         }  # fmt: skip
 
 
@@ -61,6 +65,10 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
     speed_up = statistics.median(row["speed_up"] for row in measured)
     operations = (measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"])
     joules = [row["joules_per_image"] for row in deployed if "joules_per_image" in row]
+    macs = [row["macs_executed"] for row in deployed if "macs_executed" in row]
+    kernels = dict.fromkeys(
+        name for row in deployed for names in row["kernels"].values() for name in names.split(" and ")
+    )
     return Speed(
         batch=min(row["batch"] for row in measured),
         milliseconds=statistics.median(row["p50_ms"] for row in deployed),
@@ -68,7 +76,8 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         noisy=any(row["noise"] > NOISY for row in both) or any(_was_disturbed(row) for row in measured), peak_bytes=max((row["peak_bytes"] for row in deployed if row["peak_bytes"]), default=None),
         half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,
-        operations=operations if None not in operations else None,
+        operations=operations if None not in operations else None, macs=statistics.mean(macs) if macs else None,
+        kernels=" and ".join(sorted(kernels)),
     )  # fmt: skip
 
 
@@ -102,6 +111,21 @@ def judge(
     low = next((speed for speed in measured.values() if speed.realised < REALISED_LIMIT), None)
     realised = {name: speed.realised for name, speed in measured.items()}
     return verdict(not_skipped(*macs, parts), realised, low.operations if low else None)
+
+
+def executed(counted: float, speeds: Iterable[Speed]) -> float:
+    """Multiply-adds that run: as counted, or, where what runs was chosen by measuring, the most that ran."""
+    return max((speed.macs for speed in speeds if speed.macs is not None), default=counted)
+
+
+def chosen_kernels(speeds: Mapping[Timing, Speed], names: Mapping[Timing, str]) -> str | None:
+    """A line that says which attention was chosen where there was a choice besides the dense kernels."""
+    found = [
+        f"{speed.kernels} at {names[timing]} ({speed.macs / 1e9:.4f} GMACs run)"
+        for timing, speed in speeds.items()
+        if speed.macs is not None
+    ]
+    return f"attention chosen by measuring: {', '.join(found)}" if found else None
 
 
 def column_names(timings: Iterable[Timing]) -> dict[Timing, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import records
-from harness.speeds import Speed, Timing, column_names, judge, speed_of
+from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 
 Record = dict[str, Any]
 
@@ -97,19 +97,26 @@ def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, s
         by_method[_name(record)].append(record)
     for label, same in sorted(by_method.items()):
         own = [line for line in table.lines if line.label == label]
-        verdict = judge(own[0].macs, same[0]["survey"]["parts"], {line.timing: line.speed for line in own}, table.names)
-        table.verdicts |= {label: verdict} if verdict else {}
+        speeds = {line.timing: line.speed for line in own}
+        macs = (*own[0].macs[:2], executed(same[0]["survey"]["macs_executed"], speeds.values()))
+        lines = [
+            judge(macs, same[0]["survey"]["parts"], speeds, table.names),
+            chosen_kernels(speeds, table.names),
+            *same[0]["survey"].get("remarks", []),
+        ]
+        table.verdicts |= {label: "; ".join(filter(None, lines))} if any(lines) else {}
     return table
 
 
 def _line(record: Record, limits: dict[str, Record]) -> Line:
     facts, timing = record["survey"], Timing(record["dtype"], record["batch"], record["mode"])
     macs = (facts["macs_dense"], facts["macs_theoretical"], facts["macs_executed"])
-    line = Line(_name(record), macs, timing, speed_of([record["latency"]], macs[0] / macs[1]))
+    speed = speed_of([record["latency"]], macs[0] / macs[1])
+    line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed)
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
         seconds = line.speed.milliseconds / 1e3
-        line.of_products = 2 * macs[2] * line.speed.batch / seconds / (limit["gemm_tflops"] * 1e12)
+        line.of_products = 2 * line.macs[2] * line.speed.batch / seconds / (limit["gemm_tflops"] * 1e12)
         line.of_copies = record["latency"]["deployed"]["weights_bytes"] / seconds / (limit["copy_gbs"] * 1e9)
     return line
 

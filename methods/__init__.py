@@ -21,13 +21,15 @@ from methods.core.contract import (
 )
 from methods.core.pooled import Pooled
 from methods.core.registry import BASELINE, REFERENCE, available, create, describe, find, load_plugin, register
-from methods.core.report import BlockReport, Overhead, Report
+from methods.core.report import BlockReport, Estimate, FixedAttention, Overhead, Report
 
 __all__ = [
     "BASELINE",
     "REFERENCE",
     "BlockReport",
     "CollectPhase",
+    "Estimate",
+    "FixedAttention",
     "Group",
     "Method",
     "Overhead",

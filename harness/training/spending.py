@@ -39,7 +39,8 @@ class CollectRun:
         self.run, self.phase, self.first, self.log, self.settle = run, phase, first, log, settle
         self.training = run.training
         self.shared = self.training.cluster if phase.divided else ALONE
-        self.wanted = min((last - first) * self.training.recipe.batch_size, self.training.data.size("train"))
+        steps = max(last - first, 1 if phase.share else 0)  # statistics of nothing help nobody
+        self.wanted = min(steps * self.training.recipe.batch_size, self.training.data.size("train"))
 
     @torch.no_grad()
     def go(self, saved: dict[str, Any] | None) -> None:

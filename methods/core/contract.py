@@ -81,8 +81,8 @@ class CollectPhase:
 
     module: maps (images [B, 3, H, W], targets [B]) to anything; what it gathers it keeps in its buffers, so that it
         survives an interruption (or in `state`). The images are the training set's, not augmented, in order. finish is
-        called once at the end. share as in TrainPhase: the number of images is that share of the budget, at most one pass
-        over the data. state and artifact as in TrainPhase.
+        called once at the end. share as in TrainPhase: the number of images is that share of the budget, at least a
+        batch and at most one pass over the data. state and artifact as in TrainPhase.
     divided: whether several processes share the images out; `finish` must then add up what they gathered, with
         `methods.core.pooled.total`. Otherwise every process sees all of them.
     """

@@ -7,12 +7,15 @@ without one, counting is an error that names the operator.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from methods.core import native
 
 Macs = Callable[..., float]
 RULES: dict[str, Macs] = {}  # by the operator's full name, "namespace::name"
@@ -67,3 +70,81 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, q_lengths: list[int], k_lengths: list[int]
 ) -> Tensor:
     return torch.empty_like(q)
+
+
+def _listed_macs(qkv: tuple[int, ...], starts: Any, keys: tuple[int, ...], heads: int) -> float:
+    return float(qkv[0] * keys[0] * 2 * (qkv[2] // 3 // heads))
+
+
+@counted(_listed_macs)
+@torch.library.custom_op("sparse_vit_bench::listed_attention", mutates_args=())
+def listed_attention(qkv: Tensor, starts: Tensor, keys: Tensor, heads: int) -> Tensor:
+    """Attention in which each query of each head attends to keys of its own, and computes no other: float32, on the CPU.
+
+    qkv [B, N, 3 H d], as the projection makes it; starts int32 [H N + 1]: where the list of each head's queries begins in `keys`, int32, whose
+    entries are tokens (see `methods.core.tiling.listed`). Returns [B, N, H d]. NoKernel without a C++ compiler.
+    """
+    images, tokens, channels = qkv.shape
+    width = channels // 3 // heads
+    qkv, out = qkv.contiguous(), qkv.new_empty(images, tokens, channels // 3)
+    pointers = (tensor.data_ptr() for tensor in (qkv, starts, keys, out))
+    if native.listed_attention()(*pointers, images, tokens, heads, width, width**-0.5):
+        raise native.NoKernel(f"heads of {width} numbers are too wide for it")
+    return out
+
+
+@listed_attention.register_fake
+def _(qkv: Tensor, starts: Tensor, keys: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+
+
+def _tiled_macs(
+    q: tuple[int, ...], k: Any, v: tuple[int, ...], bias: Any, counts: Any, indices: Any, size: int, tiles: int
+) -> float:
+    return float(q[0] * tiles * size**2 * (q[3] + v[3]))
+
+
+@counted(_tiled_macs)
+@torch.library.custom_op("sparse_vit_bench::tiled_attention", mutates_args=())
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, counts: Tensor, indices: Tensor, size: int, tiles: int
+) -> Tensor:
+    """Attention [B, H, N, d] that computes some tiles of `size` x `size` entries, and the others not.
+
+    q, k, v: in the orders of a `methods.core.tiling.Tiling`, whose counts [H, R] and indices [H, R, C] say which tiles are computed, `tiles` of all
+    heads together. bias [H, N, N], in the same orders and q's dtype: 0 for entries that are kept, minus infinity for the others. Runs torch's flex
+    attention, compiled: without a compiler for the device it raises what torch.compile raises.
+    """
+    return _compiled_flex(q, k, v, bias, counts, indices, size)
+
+
+@tiled_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, counts: Tensor, indices: Tensor, size: int, tiles: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, counts: Tensor, indices: Tensor, size: int) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    none = dict.fromkeys((
+        "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices",
+    ))  # fmt: skip
+    mask = BlockMask(
+        seq_lengths=(q.shape[2], k.shape[2]), kv_num_blocks=counts[None], kv_indices=indices[None], BLOCK_SIZE=(size, size),
+        mask_mod=lambda image, head, query, key: query >= 0, **none,
+    )  # fmt: skip
+    return flex_attention(
+        q, k, v, lambda score, image, head, query, key: score + bias[head, query, key], block_mask=mask
+    )
+
+
+_compiled: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+
+
+def _compiled_flex(q: Tensor, *others: Any) -> Tensor:
+    """`_flex` compiled for these shapes, once in a process: each has code of its own, since torch stops compiling after a few shapes of one."""
+    key = (q.device, q.dtype, *q.shape, *others[-1:])
+    if key not in _compiled:
+        own = types.FunctionType(_flex.__code__.replace(co_name=f"flex_{len(_compiled)}"), _flex.__globals__)
+        _compiled[key] = torch.compile(own, dynamic=False, fullgraph=True)
+    return _compiled[key](q, *others)

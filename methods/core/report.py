@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FixedAttention:
+    """A pattern of attention that is the same for all images.
+
+    kept: bool [H, N, N] (head, query, key): the entries that are computed, as the paper counts them. average: the attention maps that it was made
+        from, float [H, N, N], or None. label: the number that each token has after the head's reordering, int64 [H, N], and global_tokens: how
+        many columns in front are dense then, int64 [H]; None where a method does not reorder.
+    """
+
+    kept: Tensor
+    average: Tensor | None = None
+    label: Tensor | None = None
+    global_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """What one transformer block worked on.
 
@@ -26,6 +41,7 @@ class BlockReport:
     attention_density: share of the query x key entries that are kept, float [B or 1, H]; None: all. A head that is dead while its
         columns of the projection are counted (S2ViTE) has 0 here, and is not named in active_heads.
     active_neurons: of the MLP, bool [hidden]; None: all. For plots: what they cost follows from the densities of its weights.
+    attention: for plots and files: the entries behind `attention_density`, where they are the same for all images.
     """
 
     keys: Tensor
@@ -36,6 +52,7 @@ class BlockReport:
     active_heads: Tensor | None = None
     attention_density: Tensor | None = None
     active_neurons: Tensor | None = None
+    attention: FixedAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +68,30 @@ class Overhead:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a model of hardware says, which nobody measured here. name: of the column, with whose model it is; cycles per image, and the clock in
+    MHz that they become microseconds by; note: what a reader must know of it, in a line."""
+
+    name: str
+    cycles: float
+    megahertz: float
+    note: str
+
+    @property
+    def microseconds(self) -> float:
+        return self.cycles / self.megahertz
+
+
+@dataclass(frozen=True)
 class Report:
     """One entry per block, in order; the density of parameters, by name (others are dense), as the paper counts it (from the mask;
     from zeros only for imported checkpoints that have no mask); and the overhead. remarks: what a reader of the row must know of this
-    model, a line each. fixed_shapes: every image takes the same work although the counts differ (tokens are zeros, and not gone)."""
+    model, a line each. fixed_shapes: every image takes the same work although the counts differ (tokens are zeros, and not gone).
+    estimates: of hardware that is not here; columns of their own, never mixed with what was measured."""
 
     blocks: tuple[BlockReport, ...]
     weight_density: dict[str, float] = field(default_factory=dict)
     overhead: tuple[Overhead, ...] = ()
     remarks: tuple[str, ...] = ()
     fixed_shapes: bool = False
+    estimates: tuple[Estimate, ...] = ()

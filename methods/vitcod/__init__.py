@@ -1,0 +1,296 @@
+"""ViTCoD: low-rank heads and fixed sparse attention masks (You et al., HPCA 2023, arXiv 2210.09573)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import methods
+from methods.core.vit import dense_report, require_plain_vit
+from methods.vitcod import masks
+from methods.vitcod.autoencoder import hidden_heads
+from methods.vitcod.checkpoint import converted
+from methods.vitcod.deployed import deploy_attention
+from methods.vitcod.model import DECIDED, MADE_UP, CodedAttention, ViTCoDViT, make_coded
+from methods.vitcod.reorder import reorder
+from methods.vitcod.simulator import MEGAHERTZ, simulate
+from methods.vitcod.statistics import AverageAttention, HeadStatistics
+from methods.vitcod.training import CodedObjective
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+ESTIMATE = "the authors' simplified model of their accelerator, 500 MHz, without stem, classifier and softmax: nobody measured it"
+
+
+class Settings(methods.Settings):
+    """svd_type: what the auto-encoder over heads codes: queries and keys (mix_head_fc_qk, the paper's), one of them, or none.
+    svd_init: "pca" sets it to the principal components over heads before training (ours, for short budgets); "official" draws truncated normals,
+        which destroy the pretrained attention at the start.
+    reconstruction: weight of its loss, for the authors' 64 images.
+    method: how averaged attention becomes masks: info (the paper's), ratio, std or random.
+    sparsity: the share of attention entries to be pruned, CLS's row and column included, for info (whose cut is found by bisection), ratio and random.
+        info_cut: the attention mass that rows keep, instead (not the sparsity!). std_factor: for std.
+    mask_path: masks from the authors' .npy file (True: pruned) instead; average_path: averaged attention from theirs. Then no attention is averaged.
+        mask_sha256, average_sha256 are filled in: a file that changed is another setting.
+    lowrank_share, finetune_share: of the budget, for the trainings before and after the masks (100 epochs each in the paper); basis_share,
+        average_share: for the images that principal components and averages are taken of. Phases that are not needed leave theirs to the last
+        training. finetune_lr: rate of the last training, relative to the first one's (1e-5 and 1e-4 in the paper).
+    """
+
+    svd_type: Literal["mix_head_fc_qk", "mix_head_fc_q", "mix_head_fc_k", "none"] = "mix_head_fc_qk"
+    svd_init: Literal["pca", "official"] = "pca"
+    reconstruction: Annotated[float, Field(ge=0)] = 1e-4
+    method: Literal["info", "ratio", "std", "random"] = "info"
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    info_cut: Annotated[float, Field(ge=0, le=1)] | None = None
+    std_factor: float = 1.0
+    mask_path: str | None = None
+    mask_sha256: str | None = None
+    average_path: str | None = None
+    average_sha256: str | None = None
+    lowrank_share: Share = 0.48
+    finetune_share: Share = 0.48
+    basis_share: Share = 0.01
+    average_share: Share = 0.03
+    finetune_lr: Annotated[float, Field(gt=0)] = 0.1
+
+    @pydantic.model_validator(mode="after")
+    def _fit_together(self) -> Settings:
+        for kind in ("mask", "average"):
+            self._know_file(kind)
+        if self.mask_path is not None and self.average_path is not None:
+            raise ValueError("mask_path and average_path: masks that are given need no averaged attention")
+        if self.info_cut is not None and self.method != "info":
+            raise ValueError(f"info_cut is for method: info, not {self.method}")
+        if self.lowrank_share + self.finetune_share + self.basis_share + self.average_share > 1 + 1e-9:
+            raise ValueError("lowrank_share, finetune_share, basis_share and average_share sum to more than 1")
+        return self
+
+    def _know_file(self, kind: str) -> None:
+        path, known = getattr(self, f"{kind}_path"), getattr(self, f"{kind}_sha256")
+        if path is None:
+            if known is not None:
+                raise ValueError(f"{kind}_sha256 goes with {kind}_path")
+            return
+        try:
+            found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ValueError(f"{kind}_path {path}: {(error.strerror or str(error)).lower()}") from None
+        if known not in (None, found):
+            raise ValueError(f"{kind}_path {path}: the file is not the one that {kind}_sha256 was taken of")
+        object.__setattr__(self, f"{kind}_sha256", found)
+
+    @property
+    def averages(self) -> bool:
+        """Whether masks are made from attention that the training set is averaged over for."""
+        return self.mask_path is None and self.average_path is None and self.method != "random"
+
+
+@methods.register
+class ViTCoD(methods.Method):
+    """ViTCoD: low-rank heads and fixed sparse attention masks (You et al., HPCA 2023, arXiv 2210.09573).
+
+    Phases: `basis` (principal components over heads), `lowrank` (training with the auto-encoder and its reconstruction loss), `average` (attention maps
+    over training images), `mask`, and `finetune` (training under the masks). Each can be given as a file instead. Without an auto-encoder the first
+    two fall away (the official code cannot train then).
+
+    The paper's speed is that of an accelerator. Here the auto-encoder, which is affine over heads, is folded into the projections, and attention computes
+    what the mask keeps where a measurement finds that faster than computing all of it under the mask.
+    """
+
+    name = "vitcod"
+    Settings = Settings
+
+    def sparsify(self, vit: nn.Module) -> ViTCoDViT:
+        require_plain_vit(vit, self.name)
+        for index, block in enumerate(vit.blocks):
+            if self.settings.svd_type != "none" and not isinstance(block.attn.q_norm, nn.Identity):
+                raise methods.Unsupported(f"vitcod: block {index} normalises queries and keys; the auto-encoder then does not fold into qkv "
+                                          "(svd_type: none works)")  # fmt: skip
+        sparse = make_coded(vit, self.settings.svd_type)
+        self._check_possible(sparse)
+        return sparse
+
+    def _check_possible(self, sparse: ViTCoDViT) -> None:
+        """A wrong file, or masks that cannot be, are told before anything is trained."""
+        settings, tokens, prefix = self.settings, sparse.tokens, sparse.num_prefix_tokens
+        self._given(sparse)
+        by_share = settings.method in ("info", "ratio") and settings.info_cut is None and settings.mask_path is None
+        patches = tokens - prefix
+        most = patches * (patches - 1) / tokens**2  # every row keeps an entry besides the prefix
+        if by_share and settings.sparsity > most:
+            raise methods.Unsupported(f"vitcod: sparsity {settings.sparsity}: with {tokens} tokens, of which {prefix} are protected, at most "
+                                      f"{most:.4f} can be pruned")  # fmt: skip
+
+    def _given(self, sparse: ViTCoDViT) -> Tensor | None:
+        """What mask_path or average_path holds, [L, H, N, N]. Unsupported where it does not fit."""
+        shape = (len(sparse.blocks), *sparse.attentions[0].kept.shape)
+        try:
+            if self.settings.mask_path is not None:
+                return masks.read_masks(Path(self.settings.mask_path), shape)
+            if self.settings.average_path is not None:
+                return masks.read_average(Path(self.settings.average_path), shape)
+        except ValueError as error:
+            raise methods.Unsupported(f"vitcod: {error}") from None
+        return None
+
+    def _decide(self, sparse: ViTCoDViT) -> None:
+        """Writes the masks of all blocks into their buffers: the phase `mask`."""
+        settings, given = self.settings, self._given(sparse)
+        if settings.average_path is not None:
+            for attention, average in zip(sparse.attentions, given, strict=True):
+                attention.average.copy_(average)
+        found = given if settings.mask_path is not None else self._made(sparse)
+        _set_masks(sparse, found, DECIDED)
+
+    def _made(self, sparse: ViTCoDViT) -> Tensor:
+        """The masks that averaged attention becomes."""
+        settings, prefix = self.settings, sparse.num_prefix_tokens
+        average = torch.stack([attention.average for attention in sparse.attentions])
+        if settings.method == "random":
+            return masks.random_masks(tuple(average.shape), settings.sparsity, prefix)
+        if settings.method == "ratio":
+            return masks.ratio_masks(average, settings.sparsity, prefix)
+        if settings.method == "std":
+            return masks.std_masks(average, settings.std_factor)
+        cut = settings.info_cut
+        return masks.info_masks(
+            average, masks.cut_for(average, settings.sparsity, prefix) if cut is None else cut, prefix
+        )
+
+    def calibrate(self, sparse: ViTCoDViT, images: Tensor, keep_rate: float) -> None:
+        """The given masks, or a pattern as sparse as the setting says (0.9 where that is a cut or a factor)."""
+        if self.settings.mask_path is not None:
+            _set_masks(sparse, self._given(sparse), DECIDED)
+            return
+        by_share = self.settings.info_cut is None and self.settings.method != "std"
+        sparsity = self.settings.sparsity if by_share else Settings.model_fields["sparsity"].default
+        pattern = masks.patterned_mask(
+            sparse.tokens, sparse.attentions[0].num_heads, sparsity, sparse.num_prefix_tokens
+        )
+        _set_masks(sparse, [pattern] * len(sparse.blocks), MADE_UP)
+
+    def deploy(self, sparse: ViTCoDViT) -> ViTCoDViT:
+        blocks = self._blocks(sparse)
+        deployed = copy.deepcopy(sparse).eval()
+        for attention in deployed.attentions:
+            deploy_attention(attention)
+        deployed.reported = blocks, self._coding(sparse)  # the masks are in other forms now, the auto-encoder is gone
+        return deployed.requires_grad_(False)
+
+    def report(self, module: ViTCoDViT, images: Tensor) -> methods.Report:
+        blocks, coding = getattr(module, "reported", None) or (self._blocks(module), self._coding(module))
+        return methods.Report(
+            blocks,
+            overhead=coding,
+            remarks=tuple(self._remarks(module, blocks)),
+            estimates=tuple(self._estimates(module, blocks)),
+        )
+
+    def _blocks(self, sparse: ViTCoDViT) -> tuple[methods.BlockReport, ...]:
+        return tuple(
+            replace(
+                block, attention_density=attention.kept.double().mean(dim=(1, 2))[None], attention=_pattern(attention)
+            )
+            for block, attention in zip(dense_report(sparse).blocks, sparse.attentions, strict=True)
+        )
+
+    def _coding(self, sparse: ViTCoDViT) -> tuple[methods.Overhead, ...]:
+        """The auto-encoder as the paper has it: encoding and decoding of every token's channels."""
+        found = []
+        for index, attention in enumerate(sparse.attentions):
+            macs = (
+                len(attention.coded)
+                * 2
+                * attention.num_heads
+                * hidden_heads(attention.num_heads)
+                * attention.head_dim
+                * sparse.tokens
+            )
+            if macs:
+                found.append(
+                    methods.Overhead(f"blocks.{index}.attn", torch.tensor([macs], dtype=torch.float64), block=index)
+                )
+        return tuple(found)
+
+    def _remarks(self, module: ViTCoDViT, blocks: Sequence[methods.BlockReport]) -> Iterator[str]:
+        if int(module.masks_are) == MADE_UP:
+            yield "its masks are a made-up pattern (columns and a band), as sparse as asked for: nothing was trained"
+        kept = torch.stack([block.attention_density for block in blocks]).mean().item()
+        if kept < 1:
+            wanted = self.settings.sparsity
+            by_share = (
+                self.settings.info_cut is None and self.settings.method != "std" and self.settings.mask_path is None
+            )
+            text = f"prunes {1 - kept:.3f} of the attention entries"
+            yield text + (f", not {wanted:g}" if by_share and abs(1 - kept - wanted) > 0.005 else "")
+
+    def _estimates(self, module: ViTCoDViT, blocks: Sequence[methods.BlockReport]) -> Iterator[methods.Estimate]:
+        kept = [block.attention.kept for block in blocks if block.attention is not None]
+        if len(kept) < len(blocks) or self.settings.svd_type not in ("mix_head_fc_qk", "none"):
+            return  # their accelerator has a decoder for both, or for neither
+        heads, width = len(kept[0]), module.attentions[0].head_dim
+        rho = hidden_heads(heads) / heads if self.settings.svd_type != "none" else 1.0
+        for name, which in (("ViTCoD accelerator", "first"), ("ViTCoD accelerator, all heads", "all")):
+            cycles = simulate(kept, width, rho, which)
+            yield methods.Estimate(
+                name,
+                cycles.total,
+                MEGAHERTZ,
+                f"{ESTIMATE}; attention {cycles.attention:.0f} cycles of {cycles.total:.0f}",
+            )
+
+    def phases(
+        self, sparse: ViTCoDViT, criterion: nn.Module, teacher: nn.Module | None = None
+    ) -> Sequence[methods.TrainPhase | methods.CollectPhase | methods.TransformPhase]:
+        settings = self.settings
+        found: list[methods.TrainPhase | methods.CollectPhase | methods.TransformPhase] = []
+        if settings.svd_type != "none":
+            if settings.svd_init == "pca":
+                found.append(_collecting("basis", HeadStatistics(sparse), settings.basis_share))
+            objective = CodedObjective(sparse, criterion, teacher, settings.reconstruction)
+            found.append(methods.TrainPhase(name="lowrank", objective=objective, share=settings.lowrank_share))
+        if settings.averages:
+            found.append(_collecting("average", AverageAttention(sparse), settings.average_share))
+        found.append(methods.TransformPhase(name="mask", apply=partial(self._decide, sparse)))
+        return [*found, methods.TrainPhase(
+            name="finetune", objective=CodedObjective(sparse, criterion, teacher, settings.reconstruction),
+            groups=[methods.Group("all", [p for p in sparse.parameters() if p.requires_grad], lr_scale=settings.finetune_lr)],
+            share=1.0 - sum(phase.share for phase in found),
+        )]  # fmt: skip
+
+    def convert_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' checkpoint. Their masks are in files of their own: see mask_path."""
+        return converted(state_dict, self.settings.mask_path)
+
+
+def _collecting(name: str, statistics: HeadStatistics | AverageAttention, share: float) -> methods.CollectPhase:
+    return methods.CollectPhase(name=name, module=statistics, finish=statistics.finish, share=share, divided=True)
+
+
+@torch.no_grad()
+def _set_masks(sparse: ViTCoDViT, kept: Sequence[Tensor] | Tensor, they_are: int) -> None:
+    for attention, mask in zip(sparse.attentions, kept, strict=True):
+        attention.kept.copy_(mask)
+    sparse.masks_are.fill_(they_are)
+
+
+def _pattern(attention: CodedAttention) -> methods.FixedAttention | None:
+    """What pictures show of a mask; None while there is none."""
+    kept = attention.kept.cpu()
+    if bool(kept.all()):
+        return None
+    moved = [reorder(mask) for mask in kept]
+    average = attention.average.cpu() if bool(attention.average.any()) else None
+    return methods.FixedAttention(
+        kept, average, torch.stack([one.label for one in moved]), torch.tensor([one.global_tokens for one in moved])
+    )
