@@ -59,6 +59,21 @@ def test_sparse_training_keeps_the_contract_while_masks_move(settings):
     assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sparsity": 0.7},
+        {"sparsity": 0.7, "svd_type": "none", "method": "std"},
+        pytest.param({"sparsity": 0.7, "svd_type": "mix_head_fc_q", "svd_init": "official"}, marks=pytest.mark.long),
+        pytest.param({"sparsity": 0.7, "method": "random"}, marks=pytest.mark.long),
+    ],
+)
+def test_fixed_masks_keep_the_contract(settings):
+    findings = list(check_method(methods.create("vitcod", **settings), ("plain",)))
+    assert len(findings) == len(RULES)
+    assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
+
+
 def test_dense_plus_keeps_the_contract():
     name, settings = methods.REFERENCE
     findings = list(check_method(methods.create(name, **settings), ("plain",)))

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOTHING_PRUNED = 2.0  # a cut that no row reaches
+
 
 def info_masks(attention: Tensor, cut: float, prefix: int = 1) -> Tensor:
     """Keeps, of every row, the largest entries until their sum reaches `cut`, and one more, as the official code does (section 3 of the paper;
@@ -81,6 +83,8 @@ def sparsity_of(kept: Tensor) -> float:
 def cut_for(attention: Tensor, sparsity: float, prefix: int = 1, tolerance: float = 1e-4) -> float:
     """The `cut` of `info_masks` whose masks are as sparse as wanted, by bisection: sparsity falls as the cut grows. ValueError, with what is
     possible, where none is."""
+    if sparsity <= 0:
+        return NOTHING_PRUNED
     most = sparsity_of(info_masks(attention, 0.0, prefix))
     if sparsity > most + tolerance:
         raise ValueError(f"an attention sparsity of {sparsity} cannot be reached: with {attention.shape[-1]} tokens, of which {prefix} are "
