@@ -23,7 +23,7 @@ from harness.device import DTYPES, sensors
 from harness.device.execution import NotAvailable, cold_inputs, is_out_of_memory, peak_of, precision, timed, use
 from harness.device.observe import Observer
 from harness.modes import Prepared, has_own_kernels, prepare
-from harness.trace import traced_macs
+from harness.trace import traced
 
 WARM_UP_LIMIT = 30.0  # seconds for both models together ...
 WARM_UP_SHARE = (
@@ -201,7 +201,12 @@ def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
             raise
         return facts | {"peak_bytes": None, "operations": None, "waits": None}
     if has_own_kernels(model):  # what it executes is known only now
-        facts |= {"macs_executed": traced_macs(model, inputs), "kernels_refused": contender.prepared.refused}
+        count = traced(model, inputs[:1])
+        facts |= {
+            "macs_executed": count.total,
+            "parts_executed": count.parts,
+            "kernels_refused": contender.prepared.refused,
+        }
     return facts | {"peak_bytes": peak, "operations": seen.operations, "waits": len(seen.waits)}
 
 

@@ -43,9 +43,9 @@ class Row:
     speeds: dict[Timing, Speed] = field(default_factory=dict)
     verdict: str | None = None  # why it is slower than its formula
     remarks: list[str] = field(default_factory=list)  # the method's own, of any seed; which attention was chosen
-    estimates: dict[str, float] = field(
+    estimates: dict[str, tuple[float, str]] = field(
         default_factory=dict
-    )  # microseconds by models of hardware that nobody measured, means over seeds
+    )  # microseconds that nobody measured; by whose model
     is_reference: bool = False
     ema_top1: float | None = None  # of the averaged weights; None where a seed has none
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
@@ -159,8 +159,7 @@ def _estimate(row: Row, found: list[list[dict[str, Any]]]) -> None:
     for one in found[0]:
         same = [other["microseconds"] for estimates in found for other in estimates if other["name"] == one["name"]]
         if len(same) == len(found):
-            row.estimates[one["name"]] = statistics.mean(same)
-            row.remarks.append(f"{one['name']}: {one['note']}")
+            row.estimates[one["name"]] = statistics.mean(same), one["note"]
 
 
 def _sum(record: Record, key: str) -> float | None:

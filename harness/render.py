@@ -33,14 +33,14 @@ recipe. From {MIN_SEEDS} seeds on with the 95 % interval of a paired bootstrap o
 the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is shown, and nothing is claimed (†).
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
-*run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which.
+*run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
 share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm in time;
 `~`: noisy, the 90th percentile of either network is more than {NOISY} times its median, or other processes kept the machine busy; (b32): measured at batch 32, since
 memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
-*estimated*: what a model of hardware says that nobody measured here; a line below the table says whose.
+*estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
 ◆: no other row is both at least as accurate and as cheap (GMACs run).
 """
 
@@ -54,16 +54,19 @@ def markdown(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> str:
 
 
 def _section(table: Table) -> str:
-    head, *body = _cells(table)
-    align = ["---", *["---:"] * (len(head) - 1)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, align, *body)]
     notes = "".join(f"\n- {note}" for note in _notes(table))
-    return (
-        f"## {table.benchmark}: {_title(table)}\n\n{_conditions(table)}\n\n"
-        + "\n".join(lines)
-        + "\n"
-        + (f"{notes}\n" if notes else "")
+    text = f"## {table.benchmark}: {_title(table)}\n\n{_conditions(table)}\n\n{_lines(_cells(table))}" + (
+        f"{notes}\n" if notes else ""
     )
+    estimates, models = _estimates(table)
+    return text + (f"\n{_lines(estimates)}\n" + "".join(f"- {model}\n" for model in models) if estimates else "")
+
+
+def _lines(cells: list[list[str]]) -> str:
+    """A Markdown table."""
+    head, *body = cells
+    align = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, align, *body)) + "\n"
 
 
 def _notes(table: Table) -> list[str]:
@@ -104,15 +107,22 @@ def _cells(table: Table) -> list[list[str]]:
     head = ["method", "seeds", "top-1 %", "Δ dense+", "GMACs dense", "theory", "run", "params M"]
     head += [f"latency, {name}" for name in column_names(table.timings).values()]
     rows = [[*_facts(row), *[_speed(row, timing) for timing in table.timings]] for row in table.rows]
-    for name in dict.fromkeys(name for row in table.rows for name in row.estimates):
-        head.append(f"{name}, *estimated* µs")
-        for cells, row in zip(rows, table.rows, strict=True):
-            cells.append(f"{row.estimates[name]:.2f}" if name in row.estimates else "")
     if any(row.ema_top1 is not None for row in table.rows):  # beside the raw weights' accuracy
         head.insert(3, "averaged weights %")
         for cells, row in zip(rows, table.rows, strict=True):
             cells.insert(3, f"{row.ema_top1 * 100:.2f}" if row.ema_top1 is not None else "")
     return [head, *rows]
+
+
+def _estimates(table: Table) -> tuple[list[list[str]], list[str]]:
+    """Head and rows of a table of what nobody measured, as text, and by whose models; empty where there is nothing of it."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row.estimates))
+    rows = [
+        [row.label, *(f"{row.estimates[name][0]:.2f}" if name in row.estimates else "" for name in names)]
+        for row in table.rows if row.estimates
+    ]  # fmt: skip
+    notes = list(dict.fromkeys(note for row in table.rows for _, note in row.estimates.values()))
+    return ([["estimated, not measured: µs per image", *names], *rows] if rows else []), notes
 
 
 def _facts(row: Row) -> list[str]:
@@ -151,16 +161,25 @@ def _speed(row: Row, timing: Timing) -> str:
 def show(tables: list[Table], console: Console, surveys: Sequence[SurveyTable] = ()) -> None:
     """The same tables in the terminal."""
     for table in tables:
-        head, *body = _cells(table)
-        rich = RichTable(title=f"{table.benchmark}: {_title(table)}", title_justify="left")
-        for index, name in enumerate(head):
-            rich.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
-        for cells in body:
-            rich.add_row(*map(escape, cells))
-        console.print(rich)
+        console.print(_rich(_cells(table), f"{table.benchmark}: {_title(table)}"))
         for note in _notes(table):
             console.print(f"- {note}", markup=False, soft_wrap=True)
+        estimates, models = _estimates(table)
+        if estimates:
+            console.print(_rich(estimates, None))
+        for model in models:
+            console.print(f"- {model}", markup=False, soft_wrap=True)
     surveyshown.show(list(surveys), console)
+
+
+def _rich(cells: list[list[str]], title: str | None) -> RichTable:
+    head, *body = cells
+    rich = RichTable(title=title, title_justify="left")
+    for index, name in enumerate(head):
+        rich.add_column(escape(name), justify="left" if index == 0 else "right", overflow="fold")
+    for row in body:
+        rich.add_row(*map(escape, row))
+    return rich
 
 
 def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFrame:
@@ -176,7 +195,7 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
-                **{f"estimated_us, {name}": value for name, value in row.estimates.items()},
+                **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))

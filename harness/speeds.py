@@ -41,7 +41,8 @@ class Speed:
     macs: float | None = (
         None  # that ran, where attention kernels of the method's own were chosen by measuring; None: as counted elsewhere
     )
-    kernels: str = ""  # those of the deployed model's attention
+    kernels: str = ""  # those of the deployed model's attention, and why others could not be tried
+    parts: Mapping[str, float] | None = None  # of macs
 
     def numbers(self, timing: Timing) -> dict[str, Any]:
         """For CSV: milliseconds, bytes, joules per image."""
@@ -66,9 +67,6 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
     operations = (measured[0]["dense"]["operations"], measured[0]["deployed"]["operations"])
     joules = [row["joules_per_image"] for row in deployed if "joules_per_image" in row]
     macs = [row["macs_executed"] for row in deployed if "macs_executed" in row]
-    kernels = dict.fromkeys(
-        name for row in deployed for names in row["kernels"].values() for name in names.split(" and ")
-    )
     return Speed(
         batch=min(row["batch"] for row in measured),
         milliseconds=statistics.median(row["p50_ms"] for row in deployed),
@@ -77,7 +75,7 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,
         operations=operations if None not in operations else None, macs=statistics.mean(macs) if macs else None,
-        kernels=" and ".join(sorted(kernels)),
+        kernels=_kernels(deployed), parts=deployed[0].get("parts_executed"),
     )  # fmt: skip
 
 
@@ -108,9 +106,22 @@ def judge(
 ) -> str | None:
     """A row's verdict. macs: dense, theoretical, executed; names: how the columns are called."""
     measured = {names[timing]: speed for timing, speed in speeds.items() if speed.unavailable is None}
+    most = max(
+        (speed for speed in measured.values() if speed.macs is not None), key=lambda speed: speed.macs, default=None
+    )
+    if most is not None and most.parts is not None:
+        parts = {**parts, "executed": most.parts}
     low = next((speed for speed in measured.values() if speed.realised < REALISED_LIMIT), None)
     realised = {name: speed.realised for name, speed in measured.items()}
     return verdict(not_skipped(*macs, parts), realised, low.operations if low else None)
+
+
+def _kernels(deployed: list[dict[str, Any]]) -> str:
+    names = sorted({name for row in deployed for names in row["kernels"].values() for name in names.split(" and ")})
+    refused = dict.fromkeys(
+        f"{name} could not be tried: {why}" for row in deployed for name, why in row.get("kernels_refused", {}).items()
+    )
+    return "; ".join([" and ".join(names), *refused])
 
 
 def executed(counted: float, speeds: Iterable[Speed]) -> float:

@@ -120,11 +120,13 @@ class Method:
     revision: raised whenever a change of the code changes results, so that old records are told from new ones.
     start: "dense" (begins with the trained dense weights) or "scratch" (random weights, and the dense budget on top).
     uses_teacher: whether its own losses want the trained dense network.
+    keeps_as_told: whether `calibrate`, where a method has its own, goes by keep_rate: then rows of untrained models say which it was.
     """
 
     name: ClassVar[str]
     revision: ClassVar[int] = 1
     uses_teacher: ClassVar[bool] = False
+    keeps_as_told: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings
     start: Literal["dense", "scratch"] = "dense"
 

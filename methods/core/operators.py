@@ -86,9 +86,19 @@ def listed_attention(qkv: Tensor, starts: Tensor, keys: Tensor, heads: int) -> T
     """
     images, tokens, channels = qkv.shape
     width = channels // 3 // heads
-    qkv, out = qkv.contiguous(), qkv.new_empty(images, tokens, channels // 3)
+    for what, tensor, dtype in (
+        ("qkv", qkv, torch.float32),
+        ("starts", starts, torch.int32),
+        ("keys", keys, torch.int32),
+    ):
+        if tensor.dtype != dtype or tensor.device.type != "cpu":
+            raise native.NoKernel(f"{what} must be {dtype} on the CPU, not {tensor.dtype} on {tensor.device}")
+    if channels != 3 * heads * width or starts.shape != (heads * tokens + 1,):
+        raise ValueError(f"lists for {len(starts) - 1} queries of {heads} heads do not fit qkv {list(qkv.shape)}")
+    qkv, starts, keys = qkv.contiguous(), starts.contiguous(), keys.contiguous()
+    out = qkv.new_empty(images, tokens, channels // 3)
     pointers = (tensor.data_ptr() for tensor in (qkv, starts, keys, out))
-    if native.listed_attention()(*pointers, images, tokens, heads, width, width**-0.5):
+    if native.listed_attention()(*pointers, images, tokens, heads, width, width**-0.5, torch.get_num_threads()):
         raise native.NoKernel(f"heads of {width} numbers are too wide for it")
     return out
 
@@ -133,8 +143,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, counts: Tensor, indices
         seq_lengths=(q.shape[2], k.shape[2]), kv_num_blocks=counts[None], kv_indices=indices[None], BLOCK_SIZE=(size, size),
         mask_mod=lambda image, head, query, key: query >= 0, **none,
     )  # fmt: skip
+    options = {"BLOCK_M": size, "BLOCK_N": size} if q.is_cuda else None  # larger ones than the tiles are refused
     return flex_attention(
-        q, k, v, lambda score, image, head, query, key: score + bias[head, query, key], block_mask=mask
+        q,
+        k,
+        v,
+        lambda score, image, head, query, key: score + bias[head, query, key],
+        block_mask=mask,
+        kernel_options=options,
     )
 
 

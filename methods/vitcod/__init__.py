@@ -21,12 +21,13 @@ from methods.vitcod import masks
 from methods.vitcod.autoencoder import hidden_heads
 from methods.vitcod.checkpoint import converted
 from methods.vitcod.deployed import deploy_attention
-from methods.vitcod.model import DECIDED, MADE_UP, CodedAttention, ViTCoDViT, make_coded
+from methods.vitcod.model import DECIDED, EVERYTHING, MADE_UP, CodedAttention, ViTCoDViT, make_coded
 from methods.vitcod.reorder import reorder
 from methods.vitcod.simulator import MEGAHERTZ, simulate
 from methods.vitcod.statistics import AverageAttention, HeadStatistics
 from methods.vitcod.training import CodedObjective
 
+ESTIMATE = "by the authors' simplified model at 500 MHz, in which the first head's mask stands for all; no stem, classifier, softmax or norm"
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -41,8 +42,8 @@ class Settings(methods.Settings):
     mask_path: masks from the authors' .npy file (True: pruned) instead; average_path: averaged attention from theirs. Then no attention is averaged.
         mask_sha256, average_sha256 are filled in: a file that changed is another setting.
     lowrank_share, finetune_share: of the budget, for the trainings before and after the masks (100 epochs each in the paper); basis_share,
-        average_share: for the images that principal components and averages are taken of. Phases that are not needed leave theirs to the last
-        training. finetune_lr: rate of the last training, relative to the first one's (1e-5 and 1e-4 in the paper).
+        average_share: for the images that principal components and averages are taken of. They are relative to the sum of those of the phases
+        that take place. finetune_lr: rate of the last training, relative to the first one's (1e-5 and 1e-4 in the paper).
     """
 
     svd_type: Literal["mix_head_fc_qk", "mix_head_fc_q", "mix_head_fc_k", "none"] = "mix_head_fc_qk"
@@ -70,8 +71,6 @@ class Settings(methods.Settings):
             raise ValueError("mask_path and average_path: masks that are given need no averaged attention")
         if self.info_cut is not None and self.method != "info":
             raise ValueError(f"info_cut is for method: info, not {self.method}")
-        if self.lowrank_share + self.finetune_share + self.basis_share + self.average_share > 1 + 1e-9:
-            raise ValueError("lowrank_share, finetune_share, basis_share and average_share sum to more than 1")
         return self
 
     def _know_file(self, kind: str) -> None:
@@ -107,6 +106,7 @@ class ViTCoD(methods.Method):
     """
 
     name = "vitcod"
+    keeps_as_told = False
     Settings = Settings
 
     def sparsify(self, vit: nn.Module) -> ViTCoDViT:
@@ -196,29 +196,23 @@ class ViTCoD(methods.Method):
         )
 
     def _blocks(self, sparse: ViTCoDViT) -> tuple[methods.BlockReport, ...]:
+        has_masks = int(sparse.masks_are) != EVERYTHING
         return tuple(
             replace(
-                block, attention_density=attention.kept.double().mean(dim=(1, 2))[None], attention=_pattern(attention)
+                block, attention_density=attention.kept.double().mean(dim=(1, 2))[None],
+                attention=_pattern(attention) if has_masks else None,
             )
             for block, attention in zip(dense_report(sparse).blocks, sparse.attentions, strict=True)
-        )
+        )  # fmt: skip
 
     def _coding(self, sparse: ViTCoDViT) -> tuple[methods.Overhead, ...]:
         """The auto-encoder as the paper has it: encoding and decoding of every token's channels."""
         found = []
         for index, attention in enumerate(sparse.attentions):
-            macs = (
-                len(attention.coded)
-                * 2
-                * attention.num_heads
-                * hidden_heads(attention.num_heads)
-                * attention.head_dim
-                * sparse.tokens
-            )
-            if macs:
-                found.append(
-                    methods.Overhead(f"blocks.{index}.attn", torch.tensor([macs], dtype=torch.float64), block=index)
-                )
+            matrices = 2 * len(attention.coded) * attention.num_heads * hidden_heads(attention.num_heads)
+            macs = torch.tensor([matrices * attention.head_dim * sparse.tokens], dtype=torch.float64)
+            if attention.coded:
+                found.append(methods.Overhead(f"blocks.{index}.attn", macs, block=index))
         return tuple(found)
 
     def _remarks(self, module: ViTCoDViT, blocks: Sequence[methods.BlockReport]) -> Iterator[str]:
@@ -234,34 +228,49 @@ class ViTCoD(methods.Method):
             yield text + (f", not {wanted:g}" if by_share and abs(1 - kept - wanted) > 0.005 else "")
 
     def _estimates(self, module: ViTCoDViT, blocks: Sequence[methods.BlockReport]) -> Iterator[methods.Estimate]:
-        kept = [block.attention.kept for block in blocks if block.attention is not None]
-        if len(kept) < len(blocks) or self.settings.svd_type not in ("mix_head_fc_qk", "none"):
+        if int(module.masks_are) == EVERYTHING or self.settings.svd_type not in ("mix_head_fc_qk", "none"):
             return  # their accelerator has a decoder for both, or for neither
+        kept = [block.attention.kept for block in blocks]
         heads, width = len(kept[0]), module.attentions[0].head_dim
         rho = hidden_heads(heads) / heads if self.settings.svd_type != "none" else 1.0
         first, every = (simulate(kept, width, rho, which) for which in ("first", "all"))
-        note = (f"an estimate, not measured: {first.total:.0f} cycles an image, {first.attention:.0f} of them attention, by the authors' simplified model, 500 MHz, "
-                f"in which the first head's masks stand for all ({every.attention:.0f} with each head's own)")  # fmt: skip
-        yield methods.Estimate("ViTCoD accelerator", first.total, MEGAHERTZ, note)
+        for name, cycles in (
+            ("attention", first.attention),
+            ("all", first.total),
+            ("all, each head's own mask", every.total),
+        ):
+            yield methods.Estimate(f"ViTCoD's accelerator, {name}", cycles, MEGAHERTZ, ESTIMATE)
 
     def phases(
         self, sparse: ViTCoDViT, criterion: nn.Module, teacher: nn.Module | None = None
     ) -> Sequence[methods.TrainPhase | methods.CollectPhase | methods.TransformPhase]:
-        settings = self.settings
+        settings, taken = self.settings, self._shares()
         found: list[methods.TrainPhase | methods.CollectPhase | methods.TransformPhase] = []
-        if settings.svd_type != "none":
-            if settings.svd_init == "pca":
-                found.append(_collecting("basis", HeadStatistics(sparse), settings.basis_share))
+        if "basis" in taken:
+            found.append(_collecting("basis", HeadStatistics(sparse), taken["basis"]))
+        if "lowrank" in taken:
             objective = CodedObjective(sparse, criterion, teacher, settings.reconstruction)
-            found.append(methods.TrainPhase(name="lowrank", objective=objective, share=settings.lowrank_share))
-        if settings.averages:
-            found.append(_collecting("average", AverageAttention(sparse), settings.average_share))
+            found.append(methods.TrainPhase(name="lowrank", objective=objective, share=taken["lowrank"]))
+        if "average" in taken:
+            found.append(_collecting("average", AverageAttention(sparse), taken["average"]))
         found.append(methods.TransformPhase(name="mask", apply=partial(self._decide, sparse)))
+        trained = [parameter for parameter in sparse.parameters() if parameter.requires_grad]
         return [*found, methods.TrainPhase(
             name="finetune", objective=CodedObjective(sparse, criterion, teacher, settings.reconstruction),
-            groups=[methods.Group("all", [p for p in sparse.parameters() if p.requires_grad], lr_scale=settings.finetune_lr)],
-            share=1.0 - sum(phase.share for phase in found),
+            groups=[methods.Group("all", trained, lr_scale=settings.finetune_lr)], share=taken["finetune"],
         )]  # fmt: skip
+
+    def _shares(self) -> dict[str, float]:
+        """Of the phases that take place and spend something, in order; they sum to 1."""
+        settings, has_code = self.settings, self.settings.svd_type != "none"
+        takes_place = {
+            "basis": has_code and settings.svd_init == "pca",
+            "lowrank": has_code,
+            "average": settings.averages,
+            "finetune": True,
+        }
+        shares = {name: getattr(settings, f"{name}_share") for name, is_there in takes_place.items() if is_there}
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     def convert_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Tensor]:
         """The authors' checkpoint. Their masks are in files of their own: see mask_path."""
@@ -279,11 +288,9 @@ def _set_masks(sparse: ViTCoDViT, kept: Sequence[Tensor] | Tensor, they_are: int
     sparse.masks_are.fill_(they_are)
 
 
-def _pattern(attention: CodedAttention) -> methods.FixedAttention | None:
-    """What pictures show of a mask; None while there is none."""
+def _pattern(attention: CodedAttention) -> methods.FixedAttention:
+    """What pictures and files show of a mask."""
     kept = attention.kept.cpu()
-    if bool(kept.all()):
-        return None
     moved = [reorder(mask) for mask in kept]
     average = attention.average.cpu() if bool(attention.average.any()) else None
     return methods.FixedAttention(

@@ -28,15 +28,13 @@ class FixedMaskAttention(Attention):
     by measuring (see `harness.modes`), by way of `kernels` and `use_kernel`.
     """
 
-    kept: Tensor | None
+    kept: Tensor | None  # bool, on the CPU
     skipping: str | None  # "listed" or "tiles"; None: all entries are computed
 
     def set_mask(self, kept: Tensor | None) -> None:
-        """Prepares the dense kernels; what others need is prepared when they are wanted."""
-        self.skipping = None
-        bias = None if kept is None else torch.zeros(kept.shape).masked_fill(~kept, -torch.inf)
-        self.register_buffer("kept", kept, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
+        """Begins with fused attention."""
+        self.kept = None if kept is None else kept.cpu()  # no buffer: what a kernel needs of it becomes one
+        self.use_kernel("fused", self.qkv.weight.device)
 
     def kernels(self, device: torch.device) -> tuple[str, ...]:
         """What can be tried on this device; the usual choice first."""
@@ -52,14 +50,19 @@ class FixedMaskAttention(Attention):
     def use_kernel(self, kernel: str, device: torch.device) -> None:
         """Goes on with one of `kernels`."""
         self.skipping, self.fused_attn = kernel if kernel in WORTH_A_TRY else None, kernel == "fused"
-        buffers: dict[str, Tensor] = {}
-        if kernel == "listed":
+        dtype = self.qkv.weight.dtype
+        for name in list(self._buffers):
+            del self._buffers[name]  # of the kernel before
+        buffers: dict[str, Tensor | None] = {}
+        if self.skipping is None:
+            self.register_buffer("bias", None)
+            if self.kept is not None:
+                buffers["bias"] = torch.zeros(self.kept.shape, dtype=dtype).masked_fill(~self.kept, -torch.inf)
+        elif kernel == "listed":
             buffers["starts"], buffers["listed"] = listed(self.kept)
         elif kernel == "tiles":
             found, head = self.tiling(), torch.arange(self.num_heads)[:, None]
-            buffers["tile_bias"] = torch.zeros(found.kept.shape, dtype=self.bias.dtype).masked_fill(
-                ~found.kept, -torch.inf
-            )
+            buffers["tile_bias"] = torch.zeros(found.kept.shape, dtype=dtype).masked_fill(~found.kept, -torch.inf)
             # Where queries, keys and values come from in [N, 3, H], and the outputs' tokens in [H, N].
             orders = (found.queries, found.keys, found.keys)
             buffers["rows"] = torch.stack(
@@ -73,7 +76,7 @@ class FixedMaskAttention(Attention):
 
     def tiling(self) -> Tiling:
         """The mask in tiles."""
-        kept = self.kept.cpu().numpy()
+        kept = self.kept.numpy()
         return _tiling(np.packbits(kept).tobytes(), kept.shape)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -114,7 +117,7 @@ def deploy_attention(attention: CodedAttention) -> None:
     """Turns the trained form into the one that ships, in place."""
     fold(attention)
     kept = None if bool(attention.kept.all()) else attention.kept.clone()
-    del attention.kept, attention.average
+    attention._buffers.clear()
     attention.__class__ = FixedMaskAttention
     attention.set_mask(kept)
 
@@ -124,7 +127,7 @@ def fold(attention: CodedAttention) -> None:
     """Puts the auto-encoder into the weight and bias of qkv: it is affine over heads, and so are they."""
     heads, width = attention.num_heads, attention.head_dim
     weight, bias = attention.qkv.weight.clone(), attention.qkv.bias
-    bias = torch.zeros(len(weight)) if bias is None else bias.clone()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
     for slab, which in enumerate("qk"):
         if which not in attention.coded:
             continue

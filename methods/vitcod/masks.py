@@ -52,10 +52,13 @@ def std_masks(attention: Tensor, factor: float) -> Tensor:
 
 
 def random_masks(shape: tuple[int, ...], sparsity: float, prefix: int = 1) -> Tensor:
-    """Prunes each entry with that probability, by torch's generator; prefix rows and columns, and the diagonal, stay (an empty row has no
+    """Prunes that share of each head's entries, drawn by torch's generator; prefix rows and columns, and the diagonal, stay (an empty row has no
     softmax). The official code prunes 1 - sparsity, protects nothing and is not seeded."""
-    kept = torch.rand(shape) >= sparsity
-    return _with_prefix(kept | torch.eye(shape[-1], dtype=torch.bool), prefix)
+    tokens = shape[-1]
+    fixed = _with_prefix(torch.eye(tokens, dtype=torch.bool), prefix).flatten()
+    order = torch.rand(*shape[:-2], tokens**2).masked_fill(fixed, -1.0).argsort(dim=-1)
+    kept = max(round((1 - sparsity) * tokens**2), int(fixed.sum()))
+    return torch.zeros(order.shape, dtype=torch.bool).scatter(-1, order[..., :kept], True).view(shape)
 
 
 def patterned_mask(tokens: int, heads: int, sparsity: float, prefix: int = 1) -> Tensor:
@@ -80,23 +83,24 @@ def sparsity_of(kept: Tensor) -> float:
     return 1.0 - float(kept.double().mean())
 
 
-def cut_for(attention: Tensor, sparsity: float, prefix: int = 1, tolerance: float = 1e-4) -> float:
-    """The `cut` of `info_masks` whose masks are as sparse as wanted, by bisection: sparsity falls as the cut grows. ValueError, with what is
-    possible, where none is."""
+def cut_for(attention: Tensor, sparsity: float, prefix: int = 1) -> float:
+    """The `cut` of `info_masks` whose masks come nearest to that sparsity, by bisection: sparsity falls as the cut grows. ValueError, with what is
+    possible, where it cannot be reached: a row of few tokens loses or keeps whole percents at once."""
     if sparsity <= 0:
         return NOTHING_PRUNED
-    most = sparsity_of(info_masks(attention, 0.0, prefix))
-    if sparsity > most + tolerance:
-        raise ValueError(f"an attention sparsity of {sparsity} cannot be reached: with {attention.shape[-1]} tokens, of which {prefix} are "
-                         f"protected, at most {most:.4f} can be pruned")  # fmt: skip
-    low, high = 0.0, 1.0
-    for _ in range(60):
+    low, high, found = 0.0, 1.0, {0.0: sparsity_of(info_masks(attention, 0.0, prefix))}
+    for _ in range(40):
         middle = (low + high) / 2
-        found = sparsity_of(info_masks(attention, middle, prefix))
-        if abs(found - sparsity) <= tolerance / 10:
-            return middle
-        low, high = (middle, high) if found > sparsity else (low, middle)
-    return high
+        found[middle] = sparsity_of(info_masks(attention, middle, prefix))
+        if abs(found[middle] - sparsity) <= 1e-5:
+            break
+        low, high = (middle, high) if found[middle] > sparsity else (low, middle)
+    best = min(found, key=lambda cut: abs(found[cut] - sparsity))
+    tokens = attention.shape[-1]
+    if abs(found[best] - sparsity) > 0.5 / tokens + 1e-3:
+        raise ValueError(f"an attention sparsity of {sparsity} cannot be reached with {tokens} tokens, of which {prefix} are protected: "
+                         f"{found[best]:.4f} comes nearest")  # fmt: skip
+    return best
 
 
 def read_masks(path: Path, shape: tuple[int, int, int, int]) -> Tensor:

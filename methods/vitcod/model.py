@@ -23,15 +23,16 @@ CODED = {"mix_head_fc_qk": "qk", "mix_head_fc_q": "q", "mix_head_fc_k": "k", "no
 class CodedAttention(Attention):
     """Modifies timm's Attention: before the scores, queries and keys (those in `coded`) are encoded to fewer heads and decoded again; scores of
     entries that are not in `kept` (bool [H, N, N], a buffer) are minus infinity. While it trains, it notes in `distances` how far the decoded ones are
-    from the originals: squared sums [2] of queries and keys. average: the attention maps [H, N, N] that the masks were made from (zeros before).
+    from the originals: a squared sum for each of them. average: the attention maps [H, N, N] that the masks were made from (zeros before).
 
-    encodes: whether it does so now; the phase that sets up the auto-encoder turns it off.
+    encodes, masks: whether it does so now; phases that look at what was before turn them off.
     """
 
     coded: str
     kept: Tensor
     average: Tensor
     encodes: bool = True
+    masks: bool = True
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, N, d] each, before the auto-encoder."""
@@ -50,16 +51,21 @@ class CodedAttention(Attention):
     def attention(self, q: Tensor, k: Tensor) -> Tensor:
         """The softmax over keys [B, H, N, N]."""
         scores = (q * self.scale) @ k.transpose(-2, -1)
-        return scores.masked_fill(~self.kept, -torch.inf).softmax(dim=-1)
+        if self.masks:
+            scores = scores.masked_fill(~self.kept, -torch.inf)
+        return scores.softmax(dim=-1)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         q, k, v = self.queries_keys_values(x)
         q_hat, k_hat = self.decoded(q, k)
-        if self.training:
-            self.distances = torch.stack([_squared(q_hat, q), _squared(k_hat, k)])
+        if self.training and self.coded:
+            pairs = {"q": (q_hat, q), "k": (k_hat, k)}
+            self.distances = torch.stack([_squared(*pairs[which]) for which in self.coded])
         dropout = self.attn_drop.p if self.training else 0.0
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(q_hat, k_hat, v, attn_mask=self.kept, dropout_p=dropout)
+            x = F.scaled_dot_product_attention(
+                q_hat, k_hat, v, attn_mask=self.kept if self.masks else None, dropout_p=dropout
+            )
         else:
             x = self.attn_drop(self.attention(q_hat, k_hat)) @ v
         x = self.norm(x.transpose(1, 2).flatten(2))
@@ -77,23 +83,21 @@ class ViTCoDViT(VisionTransformer):
     def attentions(self) -> list[CodedAttention]:
         return [block.attn for block in self.blocks]
 
-    def take_distances(self) -> Tensor:
-        """What the last forward in training noted, [L, 2]; they hold its graph, so they are not kept."""
-        found = torch.stack([attention.distances for attention in self.attentions])
-        for attention in self.attentions:
-            del attention.distances
-        return found
+    def take_distances(self) -> Tensor | None:
+        """What the last forward in training noted, [L, 1 or 2]; they hold its graph, so they are not kept. None where there is nothing."""
+        found = [attention.__dict__.pop("distances", None) for attention in self.attentions]
+        return None if None in found else torch.stack(found)
 
     @contextmanager
-    def without_codes(self) -> Iterator[None]:
-        """Turns the auto-encoders off for a while."""
+    def looking_back(self, with_codes: bool) -> Iterator[None]:
+        """Turns the masks off for a while, and the auto-encoders, too, unless with_codes."""
         for attention in self.attentions:
-            attention.encodes = False
+            attention.encodes, attention.masks = with_codes, False
         try:
             yield
         finally:
             for attention in self.attentions:
-                attention.encodes = True
+                attention.encodes = attention.masks = True
 
     def walk(self, images: Tensor) -> Iterator[tuple[int, CodedAttention, Tensor]]:
         """Block by block: its number, its attention, and that attention's input [B, N, C]."""

@@ -22,7 +22,7 @@ class HeadStatistics(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, images: Tensor, targets: Tensor) -> None:
-        with self.model.without_codes():
+        with self.model.looking_back(with_codes=False):
             for index, attention, x in self.model.walk(images):
                 q, k, _ = attention.queries_keys_values(x)
                 for slab, value in enumerate((q, k)):
@@ -55,9 +55,10 @@ class AverageAttention(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def forward(self, images: Tensor, targets: Tensor) -> None:
-        for index, attention, x in self.model.walk(images):
-            q, k, _ = attention.queries_keys_values(x)
-            self.sum[index] += attention.attention(*attention.decoded(q, k)).float().sum(dim=0)
+        with self.model.looking_back(with_codes=True):
+            for index, attention, x in self.model.walk(images):
+                q, k, _ = attention.queries_keys_values(x)
+                self.sum[index] += attention.attention(*attention.decoded(q, k)).float().sum(dim=0)
         self.count += len(images)
 
     def finish(self) -> None:

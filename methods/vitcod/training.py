@@ -27,9 +27,11 @@ class CodedObjective(Classification):
         self.reconstruction = reconstruction
 
     def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Term]:
+        self.model.take_distances()  # what a forward that failed has left
         terms: dict[str, Term] = super().forward(images, targets, noise)
-        squares = self.model.take_distances().flatten()
-        if any(attention.coded for attention in self.model.attentions) and self.reconstruction:
+        distances = self.model.take_distances()
+        if distances is not None and self.reconstruction:
+            squares = distances.flatten()
             sums = torch.cat([squares, squares.new_full((1,), len(images))])
             terms["reconstruction"] = Pooled(sums, self._norms)
         return terms

@@ -13,8 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-ffast-math", "-march=native", "-std=c++17", "-fPIC", "-c")
-OPTIONAL = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ())  # not every compiler and processor knows them
+FLAGS = ("-O3", "-ffast-math", "-std=c++17", "-fPIC", "-c")
+OPTIONAL = (
+    ("-fopenmp", "-march=native", "-mprefer-vector-width=512"),
+    ("-fopenmp", "-march=native"),
+    ("-march=native",),
+    (),
+)  # not every compiler and processor knows them
 
 
 class NoKernel(RuntimeError):
@@ -24,8 +29,11 @@ class NoKernel(RuntimeError):
 @lru_cache
 def listed_attention() -> ctypes._CFuncPtr:
     """`listed_attention` of listed_attention.cpp. NoKernel where it cannot be compiled."""
-    function = ctypes.CDLL(str(_compiled("listed_attention"))).listed_attention
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4 + [ctypes.c_float]
+    try:
+        function = ctypes.CDLL(str(_compiled("listed_attention"))).listed_attention
+    except OSError as error:
+        raise NoKernel(f"the compiled kernel cannot be loaded: {error}") from None
+    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4 + [ctypes.c_float, ctypes.c_int]
     function.restype = ctypes.c_int
     return function
 
@@ -66,7 +74,7 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
         part = made.with_suffix(".o")
         for command in (
             [*FLAGS, *more, str(source), "-o", str(part)],
-            ["-shared", *more[:1], str(part), "-o", str(made)],
+            ["-shared", *(flag for flag in more if flag == "-fopenmp"), str(part), "-o", str(made)],
         ):
             done = subprocess.run([compiler, *command], capture_output=True, text=True)
             if done.returncode:

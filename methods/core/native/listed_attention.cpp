@@ -33,6 +33,7 @@ inline float added_up(const Vector &numbers) {
 struct Sizes {
     int64_t images, tokens, heads, width;  // width: numbers of a head
     float scale;
+    int threads;
 };
 
 // Rows of `width` numbers, `stride` apart, to rows of PARTS vectors side by side, filled up with zeros.
@@ -45,7 +46,7 @@ template <int PARTS> void gather(const float *from, int64_t stride, int64_t toke
 
 // The softmax of `count` scores, in place.
 inline void normalise(float *scores, int64_t count) {
-    float largest = -std::numeric_limits<float>::infinity(), whole = 0;
+    float largest = std::numeric_limits<float>::lowest(), whole = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, scores[i]);
     for (int64_t i = 0; i < count; ++i) {
         scores[i] = std::exp(scores[i] - largest);
@@ -92,7 +93,7 @@ template <int PARTS> void attend_all(const float *qkv, const int32_t *starts, co
     int64_t longest = 0;
     for (int64_t head = 0; head < sizes.heads; ++head)
         longest = std::max<int64_t>(longest, starts[(head + 1) * sizes.tokens] - starts[head * sizes.tokens]);
-#pragma omp parallel
+#pragma omp parallel num_threads(sizes.threads)
     {
         std::vector<float> weights(longest), scratch(sizes.tokens * PARTS * LANES);
 #pragma omp for collapse(2) schedule(dynamic)
@@ -109,8 +110,8 @@ template <int PARTS> void attend_all(const float *qkv, const int32_t *starts, co
 // qkv [images, tokens, 3, heads, width]; starts [heads * tokens + 1]: where the list of each head's queries begins in `keys`, whose entries are tokens;
 // out [images, tokens, heads, width]. Returns 0, or 1 where `width` is more than 128.
 extern "C" int listed_attention(const float *qkv, const int32_t *starts, const int32_t *keys, float *out, int64_t images, int64_t tokens,
-                                int64_t heads, int64_t width, float scale) {
-    const Sizes sizes{images, tokens, heads, width, scale};
+                                int64_t heads, int64_t width, float scale, int threads) {
+    const Sizes sizes{images, tokens, heads, width, scale, threads};
     switch ((width + LANES - 1) / LANES) {
         case 1: attend_all<1>(qkv, starts, keys, out, sizes); return 0;
         case 2: attend_all<2>(qkv, starts, keys, out, sizes); return 0;
