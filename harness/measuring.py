@@ -133,6 +133,7 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
     if job.count:
         models.require_countable(dense, job.subject.backbone.name)
         costs = cost.count(method, dense, sparse, deployed, sample[: job.count]).record()
+        costs["remarks"] = list(method.report(sparse, sample[: job.count]).remarks)
     yield -1, costs
     varies = cost.shapes_vary(method.report(sparse, sample))
     images = _images(job, max(conditions.batch for conditions in job.conditions), seed=0)

@@ -134,7 +134,7 @@ def seconds_of(text: str) -> float:
 def subject_id(case: Case, method: methods.Method, keep_rate: float) -> dict[str, Any]:
     """What tells a surveyed model from others: it stands where a trained model's weights do. The keep rate belongs to it only
     where a method can be set to one."""
-    adapts = type(method).calibrate is not methods.Method.calibrate
+    adapts = type(method).calibrate is not methods.Method.calibrate and method.keeps_as_told
     return {
         "untrained": SEED, "backbone": case.backbone.model_dump(), "image_size": case.image_size, "method": method.name,
         "settings": method.settings.model_dump(mode="json"), "revision": method.revision, "keep_rate": keep_rate if adapts else None,
