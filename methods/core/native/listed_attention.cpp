@@ -44,17 +44,6 @@ template <int PARTS> void gather(const float *from, int64_t stride, int64_t toke
     }
 }
 
-// The softmax of `count` scores, in place.
-inline void normalise(float *scores, int64_t count) {
-    float largest = std::numeric_limits<float>::lowest(), whole = 0;
-    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, scores[i]);
-    for (int64_t i = 0; i < count; ++i) {
-        scores[i] = std::exp(scores[i] - largest);
-        whole += scores[i];
-    }
-    for (int64_t i = 0; i < count; ++i) scores[i] /= whole;
-}
-
 // One head of one image. first: of the head's queries, where their lists begin in `keys`; scratch: of this thread.
 template <int PARTS>
 void attend(const float *queries, const int32_t *first, const int32_t *keys, float *out, const Sizes &sizes, Vector *scratch, float *weights) {
@@ -72,18 +61,26 @@ void attend(const float *queries, const int32_t *first, const int32_t *keys, flo
             for (int part = 1; part < PARTS; ++part) products += own[part] * key[part];
             scores[i] = added_up(products) * sizes.scale;
         }
-        normalise(scores, count);
+        float largest = std::numeric_limits<float>::lowest();
+        for (int64_t i = 0; i < count; ++i) largest = std::max(largest, scores[i]);
+        for (int64_t i = 0; i < count; ++i) scores[i] -= largest;
     }
+    // Of all queries at once: a short list alone would not fill vectors, and what is left over takes ten times as long.
+    const int64_t entries = first[sizes.tokens] - first[0];
+    for (int64_t i = 0; i < entries; ++i) weights[i] = std::exp(weights[i]);
     gather<PARTS>(queries + 2 * channels, stride, sizes.tokens, sizes.width, scratch);
     for (int64_t query = 0; query < sizes.tokens; ++query) {
         const int64_t count = first[query + 1] - first[query];
         const int32_t *list = keys + first[query];
         const float *shares = weights + (first[query] - first[0]);
         Vector sum[PARTS] = {};
+        float whole = 0;
         for (int64_t i = 0; i < count; ++i) {
             const Vector *value = scratch + list[i] * PARTS;
             for (int part = 0; part < PARTS; ++part) sum[part] += shares[i] * value[part];
+            whole += shares[i];
         }
+        for (int part = 0; part < PARTS; ++part) sum[part] /= whole;
         std::memcpy(out + query * channels, sum, sizes.width * sizeof(float));
     }
 }
