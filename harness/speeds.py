@@ -75,7 +75,7 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,
         operations=operations if None not in operations else None, macs=statistics.mean(macs) if macs else None,
-        kernels=_kernels(deployed), parts=deployed[0].get("parts_executed"),
+        kernels=_kernels(deployed), parts=next((row["parts_executed"] for row in deployed if "parts_executed" in row), None),
     )  # fmt: skip
 
 

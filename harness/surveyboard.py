@@ -102,7 +102,7 @@ def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, s
         lines = [
             judge(macs, same[0]["survey"]["parts"], speeds, table.names),
             chosen_kernels(speeds, table.names),
-            *same[0]["survey"].get("remarks", []),
+            *dict.fromkeys(line for record in same for line in record["survey"].get("remarks", [])),
         ]
         table.verdicts |= {label: "; ".join(filter(None, lines))} if any(lines) else {}
     return table

@@ -163,7 +163,10 @@ def test_cost_as_json():
         "parts",
         "blocks",
         "convention",
+        "remarks",
+        "estimates",
     ]
+    assert (dense["remarks"], dense["estimates"]) == ([], [])
     assert sum(dense["parts"]["executed"].values()) == 4598882304
     assert dense["macs_dense"] == dense["macs_executed"] == 4598882304
     assert sparse["macs_theoretical"] == sparse["macs_executed"] == 2980897728

@@ -63,7 +63,7 @@ def test_sparse_training_keeps_the_contract_while_masks_move(settings):
     "settings",
     [
         {"sparsity": 0.7},
-        {"sparsity": 0.7, "svd_type": "none", "method": "std"},
+        {"sparsity": 0.7, "svd_type": "none", "method": "std", "average_augmented": True, "average_share": 0.5},
         pytest.param({"sparsity": 0.7, "svd_type": "mix_head_fc_q", "svd_init": "official"}, marks=pytest.mark.long),
         pytest.param({"sparsity": 0.7, "method": "random"}, marks=pytest.mark.long),
     ],

@@ -51,19 +51,50 @@ class CollectRun:
                 UserError(f"phase {self.phase.name} was interrupted with one process; go on with one until it is done")
             )
         module = self.phase.module.to(training.plan.device).eval()
-        size = -(-training.recipe.batch_size // shared.size)
-        batches = training.data.eval_batches("train", size, training.plan.device, self.wanted, shared, skip=log.images)
-        steps, left = math.ceil(self.wanted / training.recipe.batch_size), self.wanted - log.images
-        for _ in range(math.ceil(math.ceil(left / shared.size) / size)):  # the same number in all processes
+        steps = math.ceil(self.wanted / training.recipe.batch_size)
+        batches, of_all = self._augmented(steps) if self.phase.augmented else self._in_order()
+        for _ in range(self._turns(steps)):  # the same in all processes
             # What other processes have gathered is only known at the end: with several, a collection begins anew.
             self.run.pause(log.steps, self.first + log.steps, self._state if shared.size == 1 else None)
             torch.manual_seed(seed_of(training.seed, self.first, 8, log.steps))
-            batch = next(batches, None)
-            self.run.damage.look(self._write)
+            batch, lost = None, ""
+            try:
+                batch = next(batches, None)
+            except DataLost as error:
+                lost = str(error)
+            self.run.damage.look(self._write, lost)
             if batch is not None:
                 self._see(module, batch)
-            log.steps, log.images = log.steps + 1, min(log.images + size * shared.size, self.wanted)
+            log.steps, log.images = log.steps + 1, min(log.images + of_all, self.wanted)
             training.watch(Progress(self.phase.name, log.steps, steps, None, None))
+
+    def _turns(self, steps: int) -> int:
+        """How many batches are left for this process."""
+        if self.phase.augmented:
+            return steps - self.log.steps
+        size, left = self._size, self.wanted - self.log.images
+        return math.ceil(math.ceil(left / self.shared.size) / size)
+
+    @property
+    def _size(self) -> int:
+        return -(-self.training.recipe.batch_size // self.shared.size)
+
+    def _in_order(self) -> tuple[Iterator[Batch], int]:
+        """Batches of images as they are, and how many images a turn of all processes takes."""
+        training, shared = self.training, self.shared
+        batches = training.data.eval_batches(
+            "train", self._size, training.plan.device, self.wanted, shared, skip=self.log.images
+        )
+        return batches, self._size * shared.size
+
+    def _augmented(self, steps: int) -> tuple[Iterator[Batch], int]:
+        """The same of training's images; what is mixed there is not mixed here: maps of two images at once mean little."""
+        training, first = self.training, self.first
+        recipe = training.recipe.model_copy(update={"mixup": 0.0, "cutmix": 0.0})
+        batches = training.data.train_batches(
+            recipe, training.seed, first + self.log.steps, first + steps, training.plan.device, self.shared
+        )
+        return batches, recipe.batch_size
 
     def _see(self, module: torch.nn.Module, batch: Batch) -> None:
         macs = [] if self.log.macs is None else None

@@ -83,6 +83,7 @@ class CollectPhase:
         survives an interruption (or in `state`). The images are the training set's, not augmented, in order. finish is
         called once at the end. share as in TrainPhase: the number of images is that share of the budget, at least a
         batch and at most one pass over the data. state and artifact as in TrainPhase.
+    augmented: whether the images are those of a training step at that place of the budget instead, augmented by the recipe but not mixed.
     divided: whether several processes share the images out; `finish` must then add up what they gathered, with
         `methods.core.pooled.total`. Otherwise every process sees all of them.
     """
@@ -92,6 +93,7 @@ class CollectPhase:
     finish: Callable[[], None] | None = None
     share: float = 0.0
     divided: bool = False
+    augmented: bool = False
     state: Any = None
     artifact: str | None = None
     kind: ClassVar[str] = "collect"

@@ -82,7 +82,7 @@ def listed_attention(qkv: Tensor, starts: Tensor, keys: Tensor, heads: int) -> T
     """Attention in which each query of each head attends to keys of its own, and computes no other: float32, on the CPU.
 
     qkv [B, N, 3 H d], as the projection makes it; starts int32 [H N + 1]: where the list of each head's queries begins in `keys`, int32, whose
-    entries are tokens (see `methods.core.tiling.listed`). Returns [B, N, H d]. NoKernel without a C++ compiler.
+    entries must be tokens, which is not looked at (see `methods.core.tiling.listed`); an empty list gives zeros. Returns [B, N, H d]. NoKernel without a C++ compiler.
     """
     images, tokens, channels = qkv.shape
     width = channels // 3 // heads

@@ -27,7 +27,7 @@ from methods.vitcod.simulator import MEGAHERTZ, simulate
 from methods.vitcod.statistics import AverageAttention, HeadStatistics
 from methods.vitcod.training import CodedObjective
 
-ESTIMATE = "by the authors' simplified model at 500 MHz, in which the first head's mask stands for all; no stem, classifier, softmax or norm"
+ESTIMATE = "by the authors' simplified model at 500 MHz, in which the first head's mask stands for all where a column does not say otherwise; no stem, classifier, softmax or norm; small networks wait for loads, whatever the mask"
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -41,6 +41,7 @@ class Settings(methods.Settings):
         info_cut: the attention mass that rows keep, instead (not the sparsity!). std_factor: for std.
     mask_path: masks from the authors' .npy file (True: pruned) instead; average_path: averaged attention from theirs. Then no attention is averaged.
         mask_sha256, average_sha256 are filled in: a file that changed is another setting.
+    average_augmented: whether attention is averaged over augmented images, as in the official code.
     lowrank_share, finetune_share: of the budget, for the trainings before and after the masks (100 epochs each in the paper); basis_share,
         average_share: for the images that principal components and averages are taken of. They are relative to the sum of those of the phases
         that take place. finetune_lr: rate of the last training, relative to the first one's (1e-5 and 1e-4 in the paper).
@@ -61,6 +62,7 @@ class Settings(methods.Settings):
     finetune_share: Share = 0.48
     basis_share: Share = 0.01
     average_share: Share = 0.03
+    average_augmented: bool = False
     finetune_lr: Annotated[float, Field(gt=0)] = 0.1
 
     @pydantic.model_validator(mode="after")
@@ -252,7 +254,7 @@ class ViTCoD(methods.Method):
             objective = CodedObjective(sparse, criterion, teacher, settings.reconstruction)
             found.append(methods.TrainPhase(name="lowrank", objective=objective, share=taken["lowrank"]))
         if "average" in taken:
-            found.append(_collecting("average", AverageAttention(sparse), taken["average"]))
+            found.append(_collecting("average", AverageAttention(sparse), taken["average"], settings.average_augmented))
         found.append(methods.TransformPhase(name="mask", apply=partial(self._decide, sparse)))
         trained = [parameter for parameter in sparse.parameters() if parameter.requires_grad]
         return [*found, methods.TrainPhase(
@@ -277,8 +279,12 @@ class ViTCoD(methods.Method):
         return converted(state_dict, self.settings.mask_path)
 
 
-def _collecting(name: str, statistics: HeadStatistics | AverageAttention, share: float) -> methods.CollectPhase:
-    return methods.CollectPhase(name=name, module=statistics, finish=statistics.finish, share=share, divided=True)
+def _collecting(
+    name: str, statistics: HeadStatistics | AverageAttention, share: float, augmented: bool = False
+) -> methods.CollectPhase:
+    return methods.CollectPhase(
+        name=name, module=statistics, finish=statistics.finish, share=share, divided=True, augmented=augmented
+    )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -29,16 +30,13 @@ class NoKernel(RuntimeError):
 @lru_cache
 def listed_attention() -> ctypes._CFuncPtr:
     """`listed_attention` of listed_attention.cpp. NoKernel where it cannot be compiled."""
-    try:
-        function = ctypes.CDLL(str(_compiled("listed_attention"))).listed_attention
-    except OSError as error:
-        raise NoKernel(f"the compiled kernel cannot be loaded: {error}") from None
+    function = _library("listed_attention").listed_attention
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4 + [ctypes.c_float, ctypes.c_int]
     function.restype = ctypes.c_int
     return function
 
 
-def _compiled(name: str) -> Path:
+def _library(name: str) -> ctypes.CDLL:
     """The kernel's library, from the user's cache or made now. Its name tells source, flags, compiler and processor apart: home folders are shared."""
     compiler = next(
         (found for word in (os.environ.get("CXX"), "c++", "g++", "clang++") if word and (found := shutil.which(word))),
@@ -47,42 +45,44 @@ def _compiled(name: str) -> Path:
     if compiler is None:
         raise NoKernel("a C++ compiler is needed (c++, g++, clang++ or what CXX names), and none was found")
     source = FOLDER / f"{name}.cpp"
-    told = (source.read_bytes(), repr((FLAGS, OPTIONAL, compiler)).encode(), _processor())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-vit-bench"
-    path = folder / f"{name}-{hashlib.sha256(b'/'.join(told)).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    told = (source.read_bytes(), repr((FLAGS, OPTIONAL, compiler)).encode(), version, _processor())
+    file = f"{name}-{hashlib.sha256(b'/'.join(told)).hexdigest()[:16]}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-vit-bench"
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:  # a home that cannot be written to: compiled for this process alone
-        scratch = Path(tempfile.mkdtemp())
-        path = scratch / path.name
-    made = scratch / "made.so"
+    except (OSError, RuntimeError):  # no home, or one that cannot be written to: compiled for this process alone
+        folder = scratch = Path(tempfile.mkdtemp())
     try:
-        _compile(compiler, source, made)
-        made.replace(path)
+        with contextlib.suppress(OSError):  # not there, or of a machine with other libraries
+            return ctypes.CDLL(str(folder / file))
+        library = _compile(compiler, source, scratch / file)
+        (scratch / file).replace(folder / file)
+        return library
     finally:
-        if scratch != path.parent:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return path
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _compile(compiler: str, source: Path, made: Path) -> None:
+def _compile(compiler: str, source: Path, made: Path) -> ctypes.CDLL:
     """Compiles and links apart: linked with -ffast-math, a library makes the whole process round tiny numbers to zero."""
+    part, reason = made.with_suffix(".o"), "no message"
     for more in OPTIONAL:
-        part = made.with_suffix(".o")
         for command in (
             [*FLAGS, *more, str(source), "-o", str(part)],
             ["-shared", *(flag for flag in more if flag == "-fopenmp"), str(part), "-o", str(made)],
         ):
             done = subprocess.run([compiler, *command], capture_output=True, text=True)
             if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+                reason = (lines or [reason])[0]
                 break
         else:
-            return
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-    raise NoKernel(f"{compiler} cannot compile {source.name}: {lines[0][:160]}")
+            try:
+                return ctypes.CDLL(str(made))
+            except OSError as error:
+                reason = str(error)
+    raise NoKernel(f"{compiler} cannot compile {source.name}: {reason[:160]}")
 
 
 def _processor() -> bytes:

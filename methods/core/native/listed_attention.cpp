@@ -80,7 +80,8 @@ void attend(const float *queries, const int32_t *first, const int32_t *keys, flo
             for (int part = 0; part < PARTS; ++part) sum[part] += shares[i] * value[part];
             whole += shares[i];
         }
-        for (int part = 0; part < PARTS; ++part) sum[part] /= whole;
+        const float share = count ? 1 / whole : 0;  // an empty list gives zeros
+        for (int part = 0; part < PARTS; ++part) sum[part] *= share;
         std::memcpy(out + query * channels, sum, sizes.width * sizeof(float));
     }
 }
