@@ -192,7 +192,7 @@ def test_cost_as_a_table_fits_a_narrow_terminal():
 WRONG = {
     "unknown method": (
         ["--methods", "dense,dynamicvitt"],
-        "unknown method 'dynamicvitt'; allowed: dense, dynamicvit, magnitude, random, svite; did you mean",
+        "unknown method 'dynamicvitt'; allowed: dense, dynamicvit, magnitude, random, svite, vitcod; did you mean",
     ),
     "unknown setting": (
         ["--methods", "dynamicvit", "--set", "dynamicvit.keep=1"],

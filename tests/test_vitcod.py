@@ -739,6 +739,10 @@ def test_augmented_images_are_averaged_on_request():
         assert (average.images, average.steps) == (32, 4)
         torch.testing.assert_close(found[augmented].sum(dim=-1), torch.ones(found[augmented].shape[:-1]))
     assert (found[True] - found[False]).abs().max() > 1e-4
+    assert "average_augmented" not in methods.create("vitcod").settings.model_dump(mode="json")
+    assert (
+        methods.create("vitcod", average_augmented=True).settings.model_dump(mode="json")["average_augmented"] is True
+    )
 
 
 def test_averages_are_taken_of_what_was_before_the_masks():

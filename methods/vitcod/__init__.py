@@ -89,6 +89,16 @@ class Settings(methods.Settings):
             raise ValueError(f"{kind}_path {path}: the file is not the one that {kind}_sha256 was taken of")
         object.__setattr__(self, f"{kind}_sha256", found)
 
+    @pydantic.model_serializer(mode="wrap")
+    def _written(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """average_augmented came after the first records: where it changes nothing it is left out, so that those stay what they are."""
+        found = write(self)
+        return (
+            found
+            if self.average_augmented
+            else {name: value for name, value in found.items() if name != "average_augmented"}
+        )
+
     @property
     def averages(self) -> bool:
         """Whether masks are made from attention that the training set is averaged over for."""
