@@ -117,7 +117,9 @@ def judge(
 
 
 def _kernels(deployed: list[dict[str, Any]]) -> str:
-    names = sorted({name for row in deployed for names in row.get("kernels", {}).values() for name in names.split(" and ")})
+    names = sorted(
+        {name for row in deployed for names in row.get("kernels", {}).values() for name in names.split(" and ")}
+    )
     refused = dict.fromkeys(
         f"{name} could not be tried: {why}" for row in deployed for name, why in row.get("kernels_refused", {}).items()
     )
