@@ -55,6 +55,7 @@ def test_a_second_run_does_nothing_and_writes_the_same_bytes(finished, tiny_spec
     assert (results / "leaderboard.md").read_bytes() == board
 
 
+@pytest.mark.long
 def test_one_seed_gives_one_accuracy_and_dense_is_trained_once(finished, tiny_spec_file, tmp_path):
     _, results = finished
     again = bench("--spec", tiny_spec_file, "--results", tmp_path, "--seeds", "0,1")
@@ -70,6 +71,7 @@ def test_one_seed_gives_one_accuracy_and_dense_is_trained_once(finished, tiny_sp
     assert sum(record["kind"] == "train" for record in second.values()) == 6
 
 
+@pytest.mark.long
 def test_rows_can_be_renamed_and_checkpoints_stand_in_for_training(finished, tiny_spec_file, tmp_path):
     _, results = finished
     copied = tmp_path / "results"

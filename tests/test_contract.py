@@ -34,7 +34,11 @@ def _forget_plug_ins():
             sys.modules.pop(cls.__module__, None)
 
 
-ALIKE = {"random": ("plain",), "magnitude": ("plain",)}  # on other backbones they are as dynamicvit and svite
+ALIKE = {
+    "random": ("plain",),
+    "magnitude": ("plain",),
+    "dense": ("plain",),
+}  # on other backbones they are as dynamicvit and svite
 
 
 @pytest.mark.parametrize("name", ["dense", "dynamicvit", "random", "svite", "magnitude"])

@@ -344,6 +344,7 @@ def iter_until(condition, seconds=90):
     raise TimeoutError
 
 
+@pytest.mark.long
 def test_a_full_disk_is_told_leaves_nothing_behind_and_the_run_goes_on(tmp_path, tiny_spec_file):
     """A quota on the size of files stands for a full disk: the same error comes from the same call."""
     content = yaml.safe_load(tiny_spec_file.read_text()) | {"train": {"checkpoint_steps": 2}, "entries": []}

@@ -1,4 +1,4 @@
-"""The ImageNet spec as it is, but for its size: 20 steps on a tree in ImageNet's layout, on the CPU. All of DeiT-S is a long test; a
+"""The ImageNet spec as it is, but for its size: 20 steps on a tree in ImageNet's layout, on the CPU. Both sizes are long tests; a
 quarter of its depth stands for it."""
 
 import json
@@ -35,7 +35,7 @@ def imagenet(tmp_path_factory):
     return folder, damaged.name
 
 
-@pytest.mark.parametrize("depth", [3, pytest.param(12, marks=pytest.mark.long)])
+@pytest.mark.parametrize("depth", [pytest.param(3, marks=pytest.mark.long), pytest.param(12, marks=pytest.mark.long)])
 def test_twenty_steps_of_the_imagenet_spec(imagenet, tmp_path, depth):
     folder, damaged = imagenet
     changes = {

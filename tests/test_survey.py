@@ -78,6 +78,7 @@ def test_the_roofline_gives_shares(finished):
             assert line.images_per_second == pytest.approx(line.timing.batch / seconds)
 
 
+@pytest.mark.long
 def test_a_second_run_measures_nothing_and_a_third_goes_on(finished):
     _, results, plugins, chosen = finished
     before = {path: path.stat().st_mtime_ns for path in (results / "latency").glob("*.json")}
@@ -102,6 +103,7 @@ def test_a_time_budget_stops_and_says_what_is_left(tmp_path):
     assert records(tmp_path) == []
 
 
+@pytest.mark.long
 def test_a_survey_file(tmp_path, toy_file):
     content = {
         "plugins": [str(toy_file)], "seconds": 0.01, "entries": [{"method": "toy", "settings": {"keep_rate": [0.9, 0.5]}}],
