@@ -100,6 +100,11 @@ class Settings(methods.Settings):
         )
 
     @property
+    def aims_at_sparsity(self) -> bool:
+        """Whether `sparsity` decides how much is pruned, and not a cut, a factor or a file."""
+        return self.info_cut is None and self.method != "std" and self.mask_path is None
+
+    @property
     def averages(self) -> bool:
         """Whether masks are made from attention that the training set is averaged over for."""
         return self.mask_path is None and self.average_path is None and self.method != "random"
@@ -135,10 +140,9 @@ class ViTCoD(methods.Method):
         """A wrong file, or masks that cannot be, are told before anything is trained."""
         settings, tokens, prefix = self.settings, sparse.tokens, sparse.num_prefix_tokens
         self._given(sparse)
-        by_share = settings.method in ("info", "ratio") and settings.info_cut is None and settings.mask_path is None
         patches = tokens - prefix
         most = patches * (patches - 1) / tokens**2  # every row keeps an entry besides the prefix
-        if by_share and settings.sparsity > most:
+        if settings.aims_at_sparsity and settings.method != "random" and settings.sparsity > most:
             raise methods.Unsupported(f"vitcod: sparsity {settings.sparsity}: with {tokens} tokens, of which {prefix} are protected, at most "
                                       f"{most:.4f} can be pruned")  # fmt: skip
 
@@ -183,8 +187,8 @@ class ViTCoD(methods.Method):
         if self.settings.mask_path is not None:
             _set_masks(sparse, self._given(sparse), DECIDED)
             return
-        by_share = self.settings.info_cut is None and self.settings.method != "std"
-        sparsity = self.settings.sparsity if by_share else Settings.model_fields["sparsity"].default
+        settings = self.settings
+        sparsity = settings.sparsity if settings.aims_at_sparsity else Settings.model_fields["sparsity"].default
         pattern = masks.patterned_mask(
             sparse.tokens, sparse.attentions[0].num_heads, sparsity, sparse.num_prefix_tokens
         )
@@ -233,11 +237,10 @@ class ViTCoD(methods.Method):
         kept = torch.stack([block.attention_density for block in blocks]).mean().item()
         if kept < 1:
             wanted = self.settings.sparsity
-            by_share = (
-                self.settings.info_cut is None and self.settings.method != "std" and self.settings.mask_path is None
-            )
             text = f"prunes {1 - kept:.3f} of the attention entries"
-            yield text + (f", not {wanted:g}" if by_share and abs(1 - kept - wanted) > 0.005 else "")
+            yield text + (
+                f", not {wanted:g}" if self.settings.aims_at_sparsity and abs(1 - kept - wanted) > 0.005 else ""
+            )
 
     def _estimates(self, module: ViTCoDViT, blocks: Sequence[methods.BlockReport]) -> Iterator[methods.Estimate]:
         if int(module.masks_are) == EVERYTHING or self.settings.svd_type not in ("mix_head_fc_qk", "none"):

@@ -1,7 +1,7 @@
 """Fixed attention masks from averaged attention maps: which entries each head keeps, the same for all images.
 
 Masks are bool [L, H, N, N] (block, head, query, key), True where an entry is kept, as torch's attention takes them; the authors' files have
-True where it is pruned (`read_masks`, `write_masks`).
+True where it is pruned (`read_masks`; `bench.py masks` writes them).
 """
 
 from __future__ import annotations
@@ -136,11 +136,6 @@ def check_rows(kept: Tensor, what: str) -> None:
         raise ValueError(
             f"{what}: block {block}, head {head}: row {row} keeps no entry, and {len(empty) - 1} more do not"
         )
-
-
-def write_masks(kept: Tensor, path: Path) -> None:
-    """The authors' format."""
-    np.save(path, ~kept.cpu().numpy())
 
 
 def _highest(order: Tensor, kept: Tensor) -> Tensor:
