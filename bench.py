@@ -154,6 +154,9 @@ def cost(
         str | None,
         typer.Option(metavar="layernorm,softmax,gelu", help="Count these too (traces only), as some scripts do."),
     ] = None,
+    authors: Annotated[
+        bool, typer.Option("--authors", help="Also how a method's authors count, where that differs.")
+    ] = False,
     images: Annotated[
         int, typer.Option(min=1, help="Random images over which costs that depend on the image are averaged.")
     ] = 2,
@@ -167,7 +170,7 @@ def cost(
 
     counted = [name.strip() for name in also.split(",")] if also else []
     rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size, counted, images)
-    show_costs(rows, as_json=json, by=by)
+    show_costs(rows, as_json=json, by=by, authors=authors)
     for line in refused:
         typer.echo(line, err=True)
     raise typer.Exit(1 if refused else 0)
@@ -291,13 +294,27 @@ def visualize(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the pictures go.", show_default="results/pictures")
     ] = None,
+    data_root: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the images are, as in a run; kept patches are drawn over them."),
+    ] = None,
     results: Results = ROOT / "results",
 ) -> None:
     """Draws what a trained model keeps (PNG): weights, heads, neurons, tokens, attention."""
     from harness import records
+    from harness.errors import UserError
     from harness.pictures import draw
+    from harness.tokenpictures import has_dropped
 
-    for path in draw(records.load(records.find(results, record)), output or results / "pictures"):
+    content, photos = records.load(records.find(results, record)), None
+    if "report" in content and has_dropped(content):
+        from harness.photos import looked_at
+
+        try:
+            photos = looked_at(content, data_root)
+        except UserError as error:
+            typer.echo(f"kept patches are drawn without the images: {error}", err=True)
+    for path in draw(content, output or results / "pictures", photos):
         typer.echo(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from harness.cells import expand
 from harness.spec import Backbone, Entry
+from harness.words import numbers_told
 from harness.yamlfile import validate
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def cost_rows(
     import torch
 
     from harness import cost, models
-    from harness.summary import estimates
+    from harness.summary import authors, estimates, numbers
     from harness.trace import check_names
     from methods import Unsupported
 
@@ -60,6 +61,7 @@ def cost_rows(
         report = method.report(sparse, noise)
         rows[label] = _row(method, backbone, costs) | {
             "convention": convention(sorted(named)), "remarks": list(report.remarks), "estimates": estimates(report),
+            "numbers": numbers(report), "authors": authors(report),
         }  # fmt: skip
     return rows, refused
 
@@ -86,8 +88,9 @@ def convention(also: list[str]) -> str:
     return "one multiply-add = 1, of matrix products and convolutions" + (f"; and {more}" if more else "")
 
 
-def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = None) -> None:
-    """Rows by label, as tables for people or as a JSON list for programs. by: "part" or "block" shows where it goes."""
+def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = None, authors: bool = False) -> None:
+    """Rows by label, as tables for people or as a JSON list for programs. by: "part" or "block" shows where it goes; authors: also how the methods' authors
+    count, where that differs."""
     if as_json:
         typer.echo(json.dumps(list(rows.values()), indent=1))
         return
@@ -119,7 +122,14 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_part(label, row))
         elif by == "block":
             console.print(_by_block(label, row))
-    notes = {f"{label}: {line}": None for label, row in rows.items() for line in row["remarks"]}
+        if authors and row["authors"]:
+            console.print(_by_authors(label, row["authors"]))
+    notes = {f"{label}: {numbers_told(row['numbers'])}": None for label, row in rows.items() if row["numbers"]}
+    notes |= {f"{label}: {line}": None for label, row in rows.items() for line in row["remarks"]}
+    if authors:
+        notes |= {
+            f"{label}, by its authors: {row['authors']['note']}": None for label, row in rows.items() if row["authors"]
+        }
     notes |= {f"{label}, {one['name']}: {one['note']}": None for label, row in rows.items() for one in row["estimates"]}
     for note in notes:
         console.print(f"- {note}", markup=False, soft_wrap=True)
@@ -132,6 +142,13 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
 
 def _estimate(row: dict[str, Any], name: str) -> str:
     return next((f"{one['microseconds']:.1f}" for one in row["estimates"] if one["name"] == name), "")
+
+
+def _by_authors(label: str, count: dict[str, Any]) -> Table:
+    """GMACs of each part and all as the method's authors count."""
+    table = _table(f"{escape(label)}, as its authors count", "GMACs", *count["parts"])
+    table.add_row("", _giga(count["macs"]), *map(_giga, count["parts"].values()))
+    return table
 
 
 def _by_part(label: str, row: dict[str, Any]) -> Table:

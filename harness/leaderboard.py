@@ -50,6 +50,8 @@ class Row:
     ema_top1: float | None = None  # of the averaged weights; None where a seed has none
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
     device_hours: float | None = None
+    numbers: dict[str, float] = field(default_factory=dict)  # what else the paper reports of its model
+    macs_authors: float | None = None  # as the authors' own counter has them, where they differ
 
 
 @dataclass
@@ -142,6 +144,8 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
         macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
         params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=_is_reference(first),
     )  # fmt: skip
+    row.numbers = _means([record.get("report", {}).get("numbers", {}) for record in found])
+    row.macs_authors = _mean([record.get("report", {}).get("authors", {}).get("macs") for record in found])
     row.remarks = list(dict.fromkeys(line for record in found for line in record.get("report", {}).get("remarks", [])))
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
@@ -152,6 +156,11 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
     row.macs_executed = executed(row.macs_executed, row.speeds.values())
     _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])
     return row
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of what all seeds have."""
+    return {name: statistics.mean(one[name] for one in found) for name in found[0] if all(name in one for one in found)}
 
 
 def _estimate(row: Row, found: list[list[dict[str, Any]]]) -> None:

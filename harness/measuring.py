@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import methods
-from harness import cost, latency, models, spec, workers
+from harness import cost, latency, models, spec, summary, workers
 from harness.device import allocator
 from harness.device.execution import is_out_of_memory, release
 from harness.latency import Conditions
@@ -133,7 +133,8 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
     if job.count:
         models.require_countable(dense, job.subject.backbone.name)
         costs = cost.count(method, dense, sparse, deployed, sample[: job.count]).record()
-        costs["remarks"] = list(method.report(sparse, sample[: job.count]).remarks)
+        report = method.report(sparse, sample[: job.count])
+        costs["remarks"], costs["numbers"] = list(report.remarks), summary.numbers(report)
     yield -1, costs
     varies = cost.shapes_vary(method.report(sparse, sample))
     images = _images(job, max(conditions.batch for conditions in job.conditions), seed=0)

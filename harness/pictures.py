@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness import tokenpictures
 from harness.errors import UserError
 from harness.packing import unpack, unsqueeze
 from harness.records import write_atomically
@@ -22,8 +23,8 @@ Record = dict[str, Any]
 DPI = 150
 
 
-def draw(record: Record, folder: Path) -> list[Path]:
-    """Writes ID-NAME.png for everything that the record has something of; the files. UserError where matplotlib is missing, or the record
+def draw(record: Record, folder: Path, photos: np.ndarray | None = None) -> list[Path]:
+    """Writes ID-NAME.png for everything that the record has something of; the files. photos: the images that it looked at, float [n, H, W, 3] in 0..1. UserError where matplotlib is missing, or the record
     is none of a training, or keeps everything."""
     if record.get("kind") != "train" or "report" not in record:
         raise UserError(f"record {record.get('id')}: only a train record that did not fail can be drawn")
@@ -36,6 +37,7 @@ def draw(record: Record, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {(error.strerror or str(error)).lower()}") from None
+    record = record | {"photos": photos}
     for name, (wants, size, paint) in PICTURES.items():
         if wants(record):
             figure = Figure(figsize=size, layout="constrained")
@@ -261,6 +263,7 @@ PICTURES: dict[str, tuple[Callable[[Record], bool], tuple[float, float], Callabl
     "heads": (_has_heads, (5.0, 4.0), _heads),
     "neurons": (_has_neurons, (8.0, 3.0), _neurons),
     "tokens": (_has_tokens, (6.4, 3.6), _tokens),
+    "patches": (tokenpictures.has_dropped, (4.0, 4.0), tokenpictures.paint),
     "exploration": (_has_updates, (6.4, 4.8), _exploration),
     "attention": (_has_maps, (4.0, 4.0), _maps),
     "masks": (_has_attention, (4.0, 4.0), _masks),

@@ -17,6 +17,7 @@ from harness.speeds import NOISY, Timing, absences, column_names, marks
 from harness.stats import MIN_SEEDS
 from harness.surveyboard import SurveyTable
 from harness.verdict import REALISED_LIMIT
+from harness.words import numbers_told
 
 HEADER = """# Leaderboard
 
@@ -71,7 +72,9 @@ def _lines(cells: list[list[str]]) -> str:
 
 def _notes(table: Table) -> list[str]:
     """Under the table: why rows are slower than their formula, and why there are no numbers."""
-    notes = [f"{row.label}: {line}" for row in table.rows for line in (*row.remarks, row.verdict) if line]
+    notes = [
+        f"{row.label}: {line}" for row in table.rows for line in (numbers_told(row.numbers), *row.remarks, row.verdict) if line
+    ]  # fmt: skip
     cells = [(row.label, timing, speed) for row in table.rows for timing, speed in row.speeds.items()]
     notes += absences(cells, column_names(table.timings))
     return notes
@@ -195,6 +198,7 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
+                "macs_authors": row.macs_authors, **row.numbers,
                 **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]

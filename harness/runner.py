@@ -174,7 +174,7 @@ class Runner:
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
             "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
             "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
-            "report": summary(cell.method.report(sparse, images)), "phases": trained.phases,
+            "report": summary(cell.method.report(sparse, images), vit.patch_embed.grid_size), "phases": trained.phases,
             "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device) | {"processes": self.cluster.size},

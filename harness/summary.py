@@ -13,8 +13,8 @@ from harness.packing import pack, squeeze
 MOST_ENTRIES = 2**21  # of averaged attention maps, a byte each; larger ones stay in the checkpoint
 
 
-def summary(report: methods.Report) -> dict[str, Any]:
-    """What pictures, tables and `show` know of the report."""
+def summary(report: methods.Report, grid: tuple[int, int]) -> dict[str, Any]:
+    """What pictures, tables and `show` know of the report. grid: the rows and columns of patches."""
     return {
         "tokens": {
             kind: [_mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
@@ -26,7 +26,27 @@ def summary(report: methods.Report) -> dict[str, Any]:
         "overhead_macs": {extra.name: _mean(extra.macs) for extra in report.overhead},
         **({"remarks": list(report.remarks)} if report.remarks else {}),
         **({"estimates": estimates(report)} if report.estimates else {}),
+        **({"numbers": numbers(report)} if report.numbers else {}),
+        **({"authors": authors(report)} if report.authors else {}),
+        **_tokens(report, grid),
     }  # fmt: skip
+
+
+def numbers(report: methods.Report) -> dict[str, float]:
+    """What else a paper reports of its model, means over the images."""
+    return {name: round(float(value.double().mean()), 4) for name, value in report.numbers.items()}
+
+
+def authors(report: methods.Report) -> dict[str, Any] | None:
+    """The authors' own count, means over the images; None where there is none."""
+    count = report.authors
+    if count is None:
+        return None
+    return {
+        "macs": _mean(count.macs),
+        "parts": {name: _mean(macs) for name, macs in count.parts.items()},
+        "note": count.note,
+    }
 
 
 def estimates(report: methods.Report) -> list[dict[str, Any]]:
@@ -55,6 +75,21 @@ def _units(report: methods.Report) -> dict[str, Any]:
             for block in blocks
         ]
     return found
+
+
+def _tokens(report: methods.Report, grid: tuple[int, int]) -> dict[str, Any]:
+    """Which patches entered each block, for each image that was looked at: bits [blocks, images, patches]."""
+    kept = [block.kept for block in report.blocks]
+    images = max((len(ids) for ids in kept if ids is not None), default=0)
+    if not images:
+        return {}
+    bits = np.ones((len(kept), images, grid[0] * grid[1]), dtype=bool)
+    for block, ids in zip(bits, kept, strict=True):
+        if ids is not None:
+            block[:] = False
+            for one, found in zip(block, ids.expand(images, -1).cpu().numpy(), strict=True):
+                one[found[found >= 0]] = True
+    return {"kept_patches": {"shape": [*bits.shape[:2], *grid], "bits": squeeze(np.packbits(bits))}}
 
 
 def _of_heads(block: methods.BlockReport) -> list[float] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness import records
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
+from harness.words import numbers_told
 
 Record = dict[str, Any]
 
@@ -101,6 +102,7 @@ def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, s
         macs = (*own[0].macs[:2], executed(same[0]["survey"]["macs_executed"], speeds.values()))
         lines = [
             judge(macs, same[0]["survey"]["parts"], speeds, table.names),
+            numbers_told(same[0]["survey"].get("numbers", {})),
             chosen_kernels(speeds, table.names),
             *dict.fromkeys(line for record in same for line in record["survey"].get("remarks", [])),
         ]

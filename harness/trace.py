@@ -30,11 +30,11 @@ with warnings.catch_warnings():
 FREE_OPS = frozenset("aten::" + op for op in """
     __and__ __or__ __rshift__ __xor__ abs add add_ amax amin argmax argmin argsort bernoulli bitwise_and
     bitwise_or bitwise_xor broadcast_tensors ceil clamp_min concat cos cumsum div div_ dropout_ embedding eq erf
-    exp expand_as eye fill_ floor_divide ge gelu gt hardtanh index_fill index_select is_floating_point isnan le
+    exp expand_as eye fill_ floor_divide ge gelu gt hardtanh index_fill index_select is_floating_point isnan le lift_fresh
     lerp linalg_vector_norm log log_softmax logical_and logical_not logical_or lt masked_fill_ masked_select
     maximum mean meshgrid min minimum movedim mul mul_ ne neg new_ones norm one_hot ones_like pad pow prod rand
     rand_like randn reciprocal repeat repeat_interleave roll round rsqrt rsub scatter scatter_ scatter_add
-    scatter_add_ scatter_reduce sigmoid sign silu sin softmax sort split_with_sizes sqrt square stack std sub sub_
+    scatter_add_ scatter_reduce sigmoid sign silu sin softmax sort special_ndtr split_with_sizes sqrt square stack std sub sub_
     sum swapaxes swapdims take_along_dim tanh tensor_split topk tril triu type_as unsqueeze_ var view_as where
     unflatten zero_ zeros_like
 """.split())  # fmt: skip

@@ -21,11 +21,12 @@ from methods.core.contract import (
 )
 from methods.core.pooled import Pooled
 from methods.core.registry import BASELINE, REFERENCE, available, create, describe, find, load_plugin, register
-from methods.core.report import BlockReport, Estimate, FixedAttention, Overhead, Report
+from methods.core.report import AuthorsCount, BlockReport, Estimate, FixedAttention, Overhead, Report
 
 __all__ = [
     "BASELINE",
     "REFERENCE",
+    "AuthorsCount",
     "BlockReport",
     "CollectPhase",
     "Estimate",

@@ -110,7 +110,9 @@ def report_is_consistent(subject: Subject) -> None:
                 for ids, tokens in zip(block.kept, block.keys.expand(len(block.kept)), strict=True):
                     ids = ids[ids >= 0]
                     require(len(ids) == len(ids.unique()), f"{form}, block {index}: a patch is kept twice")
-                    require(int(ids.max()) < patches, f"{form}, block {index}: a kept id beyond the {patches} patches")
+                    require(
+                        bool((ids < patches).all()), f"{form}, block {index}: a kept id beyond the {patches} patches"
+                    )
                     require(
                         len(ids) <= int(tokens), f"{form}, block {index}: {len(ids)} kept ids, but {int(tokens)} tokens"
                     )

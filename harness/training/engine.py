@@ -205,6 +205,8 @@ class Run:
             if path is None or not training.cluster.share(lambda: self._is_whole(path)):
                 return False
             content, source = read_state(path), f"artifact {phase.artifact}"
+        if phase.name in training.given:
+            content["model"] = self._untrained_by(phase) | content["model"]
         restore(self.model, self.phases, content)
         self.ema = None
         if content.get("ema") is not None:
@@ -213,6 +215,14 @@ class Run:
         self.logs.append(replace(log, name=phase.name, source=source))
         training.say(f"phase {phase.name} is taken from {source}")
         return True
+
+    def _untrained_by(self, phase: Phase) -> dict[str, Any]:
+        """What the phase leaves as it is: a given file need not have it."""
+        if not isinstance(phase, TrainPhase) or phase.groups is None:
+            return {}
+        trained = {id(parameter) for group in phase.groups for parameter in group.parameters}
+        left = {name for name, parameter in self.model.named_parameters() if id(parameter) not in trained}
+        return {name: value for name, value in self.model.state_dict().items() if name in left}
 
     def _is_whole(self, path: Path) -> bool:
         """Whether the artifact is there and can be used."""

@@ -108,6 +108,40 @@ def _(qkv: Tensor, starts: Tensor, keys: Tensor, heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
 
 
+def _scored_macs(qkv: tuple[int, ...], heads: int, standardised: bool) -> float:
+    return float(qkv[0] * qkv[1] ** 2 * 2 * (qkv[2] // 3))
+
+
+@counted(_scored_macs)
+@torch.library.custom_op("sparse_vit_bench::scored_attention", mutates_args=())
+def scored_attention(qkv: Tensor, heads: int, standardised: bool) -> tuple[Tensor, Tensor]:
+    """Attention that also says how much each query wants each key, and writes no map of a head to memory: float32, on the CPU.
+
+    qkv [B, N, 3 H d], as the projection makes it. Returns [B, N, H d], and [B, N, N]: the mean over heads of the attention or, standardised, of the scores
+    before the softmax, each row's mean taken off and divided by its deviation, through the normal distribution function (to 1e-7). NoKernel
+    without a C++ compiler.
+    """
+    images, tokens, channels = qkv.shape
+    width = channels // 3 // heads
+    if qkv.dtype != torch.float32 or qkv.device.type != "cpu":
+        raise native.NoKernel(f"qkv must be float32 on the CPU, not {qkv.dtype} on {qkv.device}")
+    if channels != 3 * heads * width:
+        raise ValueError(f"{channels} channels are not queries, keys and values of {heads} heads")
+    qkv = qkv.contiguous()
+    out, rating = qkv.new_empty(images, tokens, channels // 3), qkv.new_empty(images, tokens, tokens)
+    pointers = (tensor.data_ptr() for tensor in (qkv, out, rating))
+    kernel = native.scored_attention()
+    if kernel(*pointers, images, tokens, heads, width, width**-0.5, standardised, torch.get_num_threads()):
+        raise native.NoKernel(f"heads of {width} numbers are too wide for it")
+    return out, rating
+
+
+@scored_attention.register_fake
+def _(qkv: Tensor, heads: int, standardised: bool) -> tuple[Tensor, Tensor]:
+    images, tokens, channels = qkv.shape
+    return qkv.new_empty(images, tokens, channels // 3), qkv.new_empty(images, tokens, tokens)
+
+
 def _tiled_macs(
     q: tuple[int, ...], k: Any, v: tuple[int, ...], bias: Any, counts: Any, indices: Any, size: int, tiles: int
 ) -> float:

@@ -83,11 +83,26 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class AuthorsCount:
+    """Multiply-adds as the authors' own counter has them, for comparing with their figures. parts: by name, float64 [B or 1]; note: how they count, in a
+    line."""
+
+    parts: dict[str, Tensor]
+    note: str
+
+    @property
+    def macs(self) -> Tensor:
+        """Of all parts, [B]."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
 class Report:
     """One entry per block, in order; the density of parameters, by name (others are dense), as the paper counts it (from the mask;
     from zeros only for imported checkpoints that have no mask); and the overhead. remarks: what a reader of the row must know of this
     model, a line each. fixed_shapes: every image takes the same work although the counts differ (tokens are zeros, and not gone).
-    estimates: of hardware that is not here; columns of their own, never mixed with what was measured."""
+    estimates: of hardware that is not here; columns of their own, never mixed with what was measured. numbers: what else a paper reports of its model (an
+    occupancy), by name, float [B]. authors: the authors' own count, where it is not the one here."""
 
     blocks: tuple[BlockReport, ...]
     weight_density: dict[str, float] = field(default_factory=dict)
@@ -95,3 +110,5 @@ class Report:
     remarks: tuple[str, ...] = ()
     fixed_shapes: bool = False
     estimates: tuple[Estimate, ...] = ()
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    authors: AuthorsCount | None = None

@@ -36,6 +36,15 @@ def listed_attention() -> ctypes._CFuncPtr:
     return function
 
 
+@lru_cache
+def scored_attention() -> ctypes._CFuncPtr:
+    """`scored_attention` of scored_attention.cpp. NoKernel where it cannot be compiled."""
+    function = _library("scored_attention").scored_attention
+    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_float, ctypes.c_int, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
+
+
 def _library(name: str) -> ctypes.CDLL:
     """The kernel's library, from the user's cache or made now. Its name tells source, flags, compiler and processor apart: home folders are shared."""
     compiler = next(

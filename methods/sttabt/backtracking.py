@@ -1,0 +1,101 @@
+"""Walks back from the network's output: which tokens does each block need (sections 3.2 and 3.3)?
+
+Tokens of the output (CLS; with a distilled network the second one, too) come first. Sets are stacked from the input on, [L + 1, B, N]: entry i is what
+block i reads (its keys and values), entry i + 1 what it writes (its queries, projection and MLP); the last one is the output's. Each holds the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EPS = 1e-7
+TEMPERATURE = 0.1  # of the concrete masks
+PROPAGATED = 0.1  # how much a query's own score weighs in what it passes on
+FLOOR = 0.01  # of a score
+THRESHOLD = 0.5  # a mask of at least this keeps its token
+
+
+@dataclass(frozen=True)
+class Masks:
+    """soft [L + 1, B, N]: in [0, 1], differentiable; scores [L, B, N]: of each block's input tokens, in (0, 1]."""
+
+    soft: Tensor
+    scores: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """bool [L + 1, B, N]: what evaluation keeps."""
+        return self.soft >= THRESHOLD
+
+
+def _start(rating: Tensor, outputs: int) -> Tensor:
+    """Ones for the tokens of the output, [B, N] float32."""
+    return (torch.arange(rating.shape[-1], device=rating.device) < outputs).float().expand(len(rating), -1)
+
+
+def concrete_mask(score: Tensor, p_logit: Tensor) -> Tensor:
+    """Scores r in (0, 1] to soft masks: sigmoid((logit p + logit r) / 0.1), p = sigmoid(p_logit). At least 0.5 where r >= 1 - p: no noise is drawn."""
+    p = p_logit.sigmoid()
+    logit = (p + EPS).log() - (1 - p + EPS).log() + (score + EPS).log() - (1 - score + EPS).log()
+    return (logit / TEMPERATURE).sigmoid()
+
+
+def received(rating: Tensor, mask: Tensor, score: Tensor) -> Tensor:
+    """Each token's score [B, N] from the queries that survive, weighted by their soft masks [B, N] and, a little, by their scores.
+
+    rating [B, Q, N], of the first Q queries; the masks of others must be zero."""
+    rows = rating.shape[1]
+    weight = mask[:, :rows]
+    wanted = weight * (1 - PROPAGATED + PROPAGATED * score[:, :rows])
+    mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / (weight.sum(dim=1, keepdim=True) + EPS)
+    relative = mean / (mean.amax(dim=1, keepdim=True) + EPS)
+    return FLOOR + (1 - FLOOR) * relative
+
+
+def concrete_masks(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> Masks:
+    """ratings: of each block, float32 [B, N, N], of the last one [B, outputs, N]; p_logit [L]: the larger, the more a block keeps."""
+    with torch.autocast(ratings[0].device.type, enabled=False):
+        mask = score = _start(ratings[-1], outputs)
+        soft, scores = [mask], []
+        for index in reversed(range(len(ratings))):
+            score = received(ratings[index], mask, score)
+            mask = torch.maximum(concrete_mask(score, p_logit[index].float()), mask)  # what a deeper block needs stays
+            soft.append(mask)
+            scores.append(score)
+    return Masks(torch.stack(soft[::-1]), torch.stack(scores[::-1]))
+
+
+def token_count(keep: float, tokens: int) -> int:
+    """How many of so many tokens: a share, rounded up; from 1 on a number."""
+    return min(int(keep) if keep >= 1 else math.ceil(keep * tokens), tokens)
+
+
+def topk_sets(ratings: Sequence[Tensor], keep: Sequence[float], outputs: int) -> tuple[Tensor, Tensor]:
+    """The best keep[i] of the tokens for block i, and what the block after it needs: bool [L + 1, B, N], and their impacts [L, B, N], shares of 1.
+
+    ratings: attention, as in `concrete_masks`."""
+    impact = _start(ratings[-1], outputs)
+    kept = impact.bool()
+    sets, impacts = [kept], []
+    for rating, share in zip(reversed(ratings), reversed(keep), strict=True):
+        rows = rating.shape[1]
+        weight = kept[:, :rows].float()
+        wanted = weight * (1 - PROPAGATED + PROPAGATED * impact[:, :rows])
+        mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / weight.sum(dim=1, keepdim=True)
+        best = mean.topk(token_count(share, mean.shape[1]), dim=1).indices
+        kept = kept | torch.zeros_like(mean).scatter(1, best, 1.0).bool()
+        on_kept = mean * kept
+        impact = on_kept / (on_kept.sum(dim=1, keepdim=True) + 1e-8)
+        sets.append(kept)
+        impacts.append(impact)
+    return torch.stack(sets[::-1]), torch.stack(impacts[::-1])
+
+
+def occupancy(kept: Tensor) -> Tensor:
+    """Each image's mean over the L + 1 sets [L + 1, B, N] of the share of tokens kept, [B]: as the paper reports it."""
+    return kept.double().mean(dim=(0, 2))

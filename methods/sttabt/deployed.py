@@ -1,0 +1,112 @@
+"""STTABT's deployed network: tokens are chosen for all blocks first, and each block then runs on its own alone.
+
+Images keep different numbers of tokens. Those of a batch lie one after the other, without padding; since each set holds the next, an image's tokens are
+sorted by how deep they are needed, and a block's are the first ones. The host waits for the device once, for all counts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from methods.core.operators import packed_attention
+from methods.core.vit import embed
+from methods.sttabt.model import BackTrackedViT, MaskedAttention
+
+
+class PackedAttention(MaskedAttention):
+    """Modifies MaskedAttention: computes queries of fewer tokens than keys, for images of different lengths. Queries have a layer of their own (`q`), and
+    keys and values another (`kv`), made of `qkv`."""
+
+    def split(self) -> None:
+        """Makes the two layers."""
+        width, has_bias = self.attn_dim, self.qkv.bias is not None
+        for name, rows in (("q", slice(width)), ("kv", slice(width, None))):
+            layer = nn.Linear(1, 1, bias=has_bias)
+            layer.weight = nn.Parameter(self.qkv.weight[rows].detach().clone(), requires_grad=False)
+            layer.bias = nn.Parameter(self.qkv.bias[rows].detach().clone(), requires_grad=False) if has_bias else None
+            layer.out_features, layer.in_features = layer.weight.shape
+            setattr(self, name, layer)
+        del self.qkv
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (self.num_heads, self.head_dim)
+        q = self.q(x).unflatten(-1, shape)
+        k, v = self.kv(x).unflatten(-1, (2, *shape)).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(
+        self, x: Tensor, written: Tensor, starts: tuple[Tensor, Tensor], lengths: tuple[list[int], list[int]]
+    ) -> Tensor:
+        """x: tokens that are read, of all images [n, C]; written: the rows among them that are written [m]; starts, lengths: of each image's queries, and
+        of its keys, see `packed_attention`. Returns [m, C]."""
+        shape = (self.num_heads, self.head_dim)
+        q = self.q_norm(self.q(x.index_select(0, written)).unflatten(-1, shape))
+        k, v = self.kv(x).unflatten(-1, (2, *shape)).unbind(1)
+        out = packed_attention(q, self.k_norm(k), v, starts[0], starts[1], lengths[0], lengths[1])
+        return self.proj(self.norm(out.flatten(1)))
+
+
+class PackedViT(BackTrackedViT):
+    """Modifies BackTrackedViT: tokens that a block does not need are not there."""
+
+    def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """Images to the output's tokens after the final norm, [B, outputs, C]."""
+        kept = self.choose(x)
+        tokens = embed(self, x)
+        depth = kept.sum(dim=0)  # in how many sets a token is
+        order = depth.argsort(dim=1, descending=True, stable=True)
+        counts = kept.sum(dim=2).cpu()  # the only wait
+        plan = Plan.of(counts.numpy(), int(kept.shape[2]), tokens.device)
+        x = tokens.flatten(0, 1).index_select(0, (order + plan.firsts).flatten().index_select(0, plan.entering))
+        for index, block in enumerate(self.blocks):
+            x = packed_block(block, x, plan, index)
+        return self.norm(x).unflatten(0, (-1, self.outputs))
+
+
+def packed_block(block: nn.Module, x: Tensor, plan: Plan, index: int) -> Tensor:
+    """A timm Block on the tokens that block `index` reads [n, C], to those that it writes [m, C]."""
+    written = plan.written[index]
+    y = block.attn(
+        block.norm1(x),
+        written,
+        (plan.starts[index + 1], plan.starts[index]),
+        (plan.lengths[index + 1], plan.lengths[index]),
+    )
+    x = x.index_select(0, written) + block.ls1(y)
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+class Plan:
+    """Where the tokens of a batch lie, for all blocks: made on the host, and sent to the device as one tensor.
+
+    firsts [B, 1]: the number of each image's first token among all N B. entering: the rows of block 0 among these, each image's sorted. written[i]: rows of
+    block i's tokens that the next one reads. starts[i] int32 [B + 1], lengths[i]: of the images' parts in block i; the last are the output's.
+    """
+
+    def __init__(self, parts: list[np.ndarray], lengths: list[list[int]], device: torch.device) -> None:
+        sizes = [part.size for part in parts]
+        together = torch.from_numpy(np.concatenate(parts))
+        sent = together.to(device, non_blocking=True).split(sizes)
+        blocks = len(lengths) - 1
+        self.firsts, self.entering = sent[0].unsqueeze(1), sent[1]
+        self.written = sent[2 : 2 + blocks]
+        self.starts = [part.int() for part in sent[2 + blocks :]]
+        self.lengths = lengths
+
+    @classmethod
+    def of(cls, counts: np.ndarray, tokens: int, device: torch.device) -> Plan:
+        """counts int64 [L + 1, B], not growing; tokens: N, of an image."""
+        images = counts.shape[1]
+        firsts = np.arange(images) * tokens
+        starts = np.concatenate([np.zeros((len(counts), 1), dtype=np.int64), counts.cumsum(axis=1)], axis=1)
+        written = [_rows(starts[i, :-1], counts[i + 1]) for i in range(len(counts) - 1)]
+        return cls([firsts, _rows(firsts, counts[0]), *written, *starts], counts.tolist(), device)
+
+
+def _rows(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """counts[b] numbers from firsts[b] on, for all images one after the other."""
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) + np.repeat(firsts - (ends - counts), counts)
