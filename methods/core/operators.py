@@ -7,6 +7,7 @@ without one, counting is an error that names the operator.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -54,15 +55,32 @@ def packed_attention(
 
     q [sum of q_lengths, H, d]; k, v [sum of k_lengths, H, d]; starts: int32 [B + 1] on the device, the lengths summed up from 0;
     lengths: the same as numbers, one per image, so that nothing waits for the device. Returns [sum of q_lengths, H, d].
-    bfloat16 and float16 on a GPU run one variable-length kernel; elsewhere, where torch has none, image by image.
+    bfloat16 and float16 on a GPU run one variable-length kernel of torch's; float32 on the CPU one of our own, where there is a C++ compiler; all others
+    go image by image.
     """
     if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
         return varlen_attn(q, k, v, q_starts, k_starts, max(q_lengths), max(k_lengths))
+    if q.device.type == "cpu" and q.dtype == torch.float32:
+        with contextlib.suppress(native.NoKernel):
+            return _packed_natively(q, k, v, q_starts, k_starts)
     images = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
-    parts = [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in image)).transpose(0, 1) for image in images]
-    return torch.cat(parts)
+    heads_first = [[x.transpose(0, 1)[None] for x in image] for image in images]
+    return torch.cat([F.scaled_dot_product_attention(*image)[0].transpose(0, 1) for image in heads_first])
+
+
+def _packed_natively(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor) -> Tensor:
+    kernel, width = native.packed_attention(), q.shape[2]
+    q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
+    if k.stride(0) != v.stride(0):
+        k, v = k.contiguous(), v.contiguous()
+    out = q.new_empty(q.shape)
+    pointers = (tensor.data_ptr() for tensor in (q, k, v, out, q_starts, k_starts))
+    sizes = len(q_starts) - 1, q.shape[1], width, q.stride(0), k.stride(0)
+    if kernel(*pointers, *sizes, width**-0.5, torch.get_num_threads()):
+        raise native.NoKernel(f"heads of {width} numbers are too wide for it")
+    return out
 
 
 @packed_attention.register_fake

@@ -45,6 +45,15 @@ def scored_attention() -> ctypes._CFuncPtr:
     return function
 
 
+@lru_cache
+def packed_attention() -> ctypes._CFuncPtr:
+    """`packed_attention` of packed_attention.cpp. NoKernel where it cannot be compiled."""
+    function = _library("packed_attention").packed_attention
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
+
+
 def _library(name: str) -> ctypes.CDLL:
     """The kernel's library, from the user's cache or made now. Its name tells source, flags, compiler and processor apart: home folders are shared."""
     compiler = next(
@@ -55,7 +64,13 @@ def _library(name: str) -> ctypes.CDLL:
         raise NoKernel("a C++ compiler is needed (c++, g++, clang++ or what CXX names), and none was found")
     source = FOLDER / f"{name}.cpp"
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
-    told = (source.read_bytes(), repr((FLAGS, OPTIONAL, compiler)).encode(), version, _processor())
+    told = (
+        source.read_bytes(),
+        (FOLDER / "rows.h").read_bytes(),
+        repr((FLAGS, OPTIONAL, compiler)).encode(),
+        version,
+        _processor(),
+    )
     file = f"{name}-{hashlib.sha256(b'/'.join(told)).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-vit-bench"
