@@ -1,7 +1,7 @@
 """Ways of executing a model: eager, compiled, as a CUDA graph; and the attention kernels and memory format it is fastest with.
 
 An attention module may have kernels of its own besides timm's two: `kernels(device)` names all it has there, the usual choice first, and
-`use_kernel(name, device)` makes it go on with one.
+`use_kernel(name, device)` makes it go on with one. `work_differs` False: all of them execute the same multiply-adds.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def prepare(model: nn.Module, images: Tensor, dtype: str, mode: str) -> Prepared
 
 
 def has_own_kernels(model: nn.Module) -> bool:
-    """Whether what it executes depends on the kernels chosen for it."""
-    return any(hasattr(module, "use_kernel") for module in model.modules())
+    """Whether how much it executes depends on the kernels chosen for it."""
+    return any(hasattr(module, "use_kernel") and getattr(module, "work_differs", True) for module in model.modules())
 
 
 def _kernels_of(module: Attention, device: torch.device) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class ScoringAttention(ObservedAttention):
 
     kind: str = "uniform"
     kernel: str = "plain"
+    work_differs = False
 
     def kernels(self, device: torch.device) -> tuple[str, ...]:
         fits = device.type == "cpu" and self.qkv.weight.dtype == torch.float32
