@@ -294,9 +294,11 @@ def visualize(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the pictures go.", show_default="results/pictures")
     ] = None,
+    card: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="The data card, where it is not in datasets/.")
+    ] = None,
     data_root: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Where the images are, as in a run; kept patches are drawn over them."),
+        str | None, typer.Option(metavar="DIR", help="Where the images are; kept patches are drawn over them.")
     ] = None,
     results: Results = ROOT / "results",
 ) -> None:
@@ -311,7 +313,7 @@ def visualize(
         from harness.photos import looked_at
 
         try:
-            photos = looked_at(content, data_root)
+            photos = looked_at(content, card, data_root)
         except UserError as error:
             typer.echo(f"kept patches are drawn without the images: {error}", err=True)
     for path in draw(content, output or results / "pictures", photos):

@@ -8,12 +8,28 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import methods
+from harness import cost, spec
+from harness.cells import load_run
+from harness.device import plan
+from harness.device.observe import Observer
+from harness.rules import RECIPE, random_data
+from harness.training.artifacts import Artifacts
+from harness.training.engine import run_phases
+from harness.training.optimizers import make_criterion
+from harness.training.setup import Training
+from methods.core import native
+from methods.core.operators import packed_attention, scored_attention
 from methods.core.pooled import value_of
-from methods.sttabt.approxnet import narrowed
-from methods.sttabt.backtracking import occupancy, topk_sets
+from methods.sttabt import backtracking
+from methods.sttabt.approxnet import narrowed, rated
+from methods.sttabt.backtracking import concrete_mask, concrete_masks, occupancy, topk_sets
 from methods.sttabt.counting import network_macs, update_macs
+from methods.sttabt.deployed import Plan
+from methods.sttabt.manual import manual_schedule
 from methods.sttabt.model import masked_block
 from methods.sttabt.observed import steps
 from methods.sttabt.training import ConcreteObjective, Distillation
@@ -232,3 +248,354 @@ def test_the_authors_count_is_theirs():
     assert dense[0] == case["eval_hard/flops_seq17_patch8_dense_main"]
     close(total(192, 16)[0].mean() / 1e9, "eval_hard/flops_code_gflops", rtol=1e-9)
     assert method.report(sparse, pixels()).authors.macs.tolist() == found.tolist()
+
+
+# What must hold for any network, image and mask.
+
+
+def network(seed=0, **changes):
+    torch.manual_seed(seed)
+    return timm.create_model("vit_tiny_patch16_224", **(SIZES | changes)).eval()
+
+
+def images(count=4, seed=0, size=24):
+    """Of very different contrast, so that images differ in what they keep."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=generator) * torch.linspace(0.05, 3, count)[:, None, None, None]
+
+
+def models(vit=None, keep_rate=0.5, x=None, **settings):
+    method = methods.create("sttabt", **settings)
+    torch.manual_seed(1)
+    sparse = method.sparsify(vit if vit is not None else network()).eval()
+    method.calibrate(sparse, images() if x is None else x, keep_rate)
+    return method, sparse, method.deploy(sparse)
+
+
+ratings_of = st.integers(2, 12).flatmap(
+    lambda tokens: st.tuples(st.just(tokens), st.integers(1, 5), st.integers(1, 3), st.integers(0, 10**6))
+)
+
+
+def ratings(tokens, blocks, count, seed, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [tokens] * (blocks - 1) + [min(outputs, tokens)]
+    return [torch.rand(count, rows, tokens, generator=generator).softmax(-1) for rows in sizes]
+
+
+@settings(max_examples=60, deadline=None)
+@given(ratings_of, st.sampled_from([1, 2]), st.floats(-8, 8))
+def test_each_set_holds_the_next_and_the_output(sizes, outputs, threshold):
+    tokens, blocks, count, seed = sizes
+    outputs = min(outputs, tokens)
+    found = ratings(tokens, blocks, count, seed, outputs)
+    kept = concrete_masks(found, torch.full((blocks,), threshold), outputs).kept
+    sets, impacts = topk_sets(found, [0.3] * blocks, outputs)
+    for chosen in (kept, sets):
+        assert chosen.shape == (blocks + 1, count, tokens)
+        assert bool((chosen[:-1] | ~chosen[1:]).all())
+        assert chosen[-1].sum(dim=1).tolist() == [outputs] * count
+        assert bool(chosen[:, :, :outputs].all())
+    assert bool((sets[:-1].sum(dim=2) >= backtracking.token_count(0.3, tokens)).all())
+    torch.testing.assert_close(impacts.sum(dim=2), torch.ones(blocks, count), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 1), st.floats(-6, 6))
+def test_a_mask_is_hard_where_its_score_says(score, threshold):
+    mask = concrete_mask(torch.tensor([score]), torch.tensor(threshold))
+    keep = torch.tensor(threshold).sigmoid()
+    if abs(score - (1 - keep)) > 1e-4:
+        assert bool(mask >= 0.5) == bool(score >= 1 - keep)
+
+
+def test_occupancy_falls_with_the_threshold():
+    _, sparse, _ = models()
+    found = []
+    with torch.no_grad():
+        for threshold in (3.0, 1.0, 0.0, -1.0, -3.0, -9.0):
+            sparse.p_logit.fill_(threshold)
+            found.append(float(occupancy(sparse.choose(images())).mean()))
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 3}, {"qk_norm": True}, {"init_values": 0.3}])
+def test_all_tokens_kept_is_dense(changes):
+    vit = network(**changes)
+    _, sparse, deployed = models(vit, keep_rate=1.0, p_logit=10.0)
+    with torch.no_grad():
+        assert bool(sparse.choose(images()).all(dim=2)[:-1].all())
+        for model in (sparse, deployed):
+            torch.testing.assert_close(model(images()), vit(images()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings_", [{}, {"variant": "topk", "ks": 0.2}, {"factor": 2}])
+def test_images_that_keep_very_different_numbers_share_a_batch(settings_):
+    method, sparse, deployed = models(keep_rate=0.4, x=images(8), **settings_)
+    x = images(8)
+    counts = torch.stack([block.queries for block in method.report(sparse, x).blocks])
+    if not settings_:
+        assert counts.max() > 2 * counts[:-1].min()
+    with torch.no_grad():
+        together = deployed(x)
+        torch.testing.assert_close(together, sparse(x), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together, torch.cat([deployed(one[None]) for one in x]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings_", [{}, {"variant": "topk"}, {"variant": "topk", "attention": "actual"}, {"variant": "manual"}])  # fmt: skip
+def test_what_is_executed_is_what_the_formula_says(settings_):
+    vit = network()
+    method, sparse, deployed = models(vit, **settings_)
+    costs = cost.count(method, vit, sparse, deployed, images())
+    assert costs.executed.total == pytest.approx(costs.theoretical.total, rel=1e-9)
+    if settings_.get("variant") != "manual":
+        with torch.no_grad(), Observer() as seen:
+            deployed(images())
+        assert len(seen.waits) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 4), st.integers(1, 40), st.booleans(), st.integers(0, 999))
+def test_rated_attention_is_torchs(count, tokens, heads, width, uniform, seed):
+    qkv = 2 * torch.randn(count, tokens, 3 * heads * width, generator=torch.Generator().manual_seed(seed))
+    q, k, v = qkv.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * width**-0.5) @ k.transpose(-2, -1)
+    out, rating = scored_attention(qkv, heads, uniform)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), **CLOSE)
+    if not uniform or tokens > 1:
+        torch.testing.assert_close(rating, rated(scores, "uniform" if uniform else "probabilities"), atol=2e-5, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5), st.integers(1, 70))
+def test_packed_attention_is_each_images_own(lengths, width):
+    queries, keys = [a for a, _ in lengths], [b for _, b in lengths]
+    q = torch.randn(sum(queries), 2, width)
+    k, v = torch.randn(sum(keys), 2, 2, width).unbind(1)
+    starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
+    found = packed_attention(q, k, v, *starts, queries, keys)
+    for ours, one_q, one_k, one_v in zip(found.split(queries), q.split(queries), k.split(keys), v.split(keys), strict=True):  # fmt: skip
+        weights = torch.einsum("qhd,khd->hqk", one_q, one_k) * width**-0.5
+        torch.testing.assert_close(ours, torch.einsum("hqk,khd->qhd", weights.softmax(-1), one_v), **CLOSE)
+
+
+def test_without_a_compiler_torch_does_it(monkeypatch):
+    _, _, deployed = models()
+    for block in deployed.approx.blocks:
+        assert block.attn.kernels(torch.device("cpu")) == ("plain", "scored")
+    with torch.no_grad():
+        expected = deployed(images())
+        for block in deployed.approx.blocks[:-1]:
+            block.attn.use_kernel("scored", torch.device("cpu"))
+        torch.testing.assert_close(deployed(images()), expected, atol=1e-4, rtol=1e-4)
+
+    def none():
+        raise native.NoKernel("no compiler")
+
+    monkeypatch.setattr(native, "packed_attention", none)
+    monkeypatch.setattr(native, "scored_attention", none)
+    with torch.no_grad():
+        for block in deployed.approx.blocks:
+            block.attn.use_kernel("plain", torch.device("cpu"))
+        torch.testing.assert_close(deployed(images()), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(native.NoKernel, match="no compiler"):
+        scored_attention(torch.zeros(1, 2, 24), 2, True)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_a_plan_names_the_rows_that_go_on(drops, blocks):
+    first = np.array([10 - drop for drop in drops])
+    counts = np.stack([np.maximum(first - step, 1) for step in range(blocks + 1)])
+    plan = Plan.of(counts, 10, torch.device("cpu"))
+    rows = torch.arange(len(drops) * 10)[plan.entering]
+    for index in range(blocks):
+        rows = rows[plan.written[index]]
+        expected = [image * 10 + place for image, count in enumerate(counts[index + 1]) for place in range(count)]
+        assert rows.tolist() == expected
+        assert plan.starts[index + 1].tolist() == [0, *counts[index + 1].cumsum()]
+
+
+def test_masks_stay_float32_under_autocast():
+    _, sparse, _ = models(x=images())
+    sparse.train()
+    objective = ConcreteObjective(sparse, torch.nn.CrossEntropyLoss(), None, -0.5, 100.0, 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = sparse.masks(images())
+        terms = objective(images(), torch.arange(4), None)
+    assert masks.soft.dtype == masks.scores.dtype == torch.float32
+    sum(value_of(term) for term in terms.values()).backward()
+    assert all(p.grad.isfinite().all() for p in sparse.parameters() if p.grad is not None)
+
+
+def test_manual_top_k_is_its_description():
+    """Written once more, with masks and one image at a time, from the specification."""
+    vit = network()
+    _, sparse, _ = models(vit, variant="manual", occupancy=0.4)
+    shares = manual_schedule(0.4, 4)
+    assert shares[0] == pytest.approx(0.6)
+    assert shares[-1] == pytest.approx(0.5 * 0.4 - 0.1 * 0.4)
+    with torch.no_grad():
+        for one in images():
+            x = vit._pos_embed(vit.patch_embed(one[None]))[0]
+            alive = list(range(37))
+            for index, block in enumerate(vit.blocks):
+                y = block.norm1(x)
+                q, k, v = block.attn.qkv(y).view(37, 3, 3, 16).permute(1, 2, 0, 3)
+                asking = sorted({0, *alive}) if index == 3 else alive
+                weights = ((q[:, asking] * 0.25) @ k[:, alive].transpose(-2, -1)).softmax(-1)
+                out = block.attn.proj((weights @ v[:, alive]).transpose(0, 1).flatten(1))
+                wanted = weights.mean(dim=(0, 1))
+                best = [alive[i] for i in wanted.topk(max(1, int(shares[index] * 37))).indices] if index < 3 else [0]
+                x = x.clone()
+                for token in best:
+                    x[token] += out[asking.index(token)]
+                x[best] = x[best] + block.mlp(block.norm2(x[best]))
+                alive = sorted(best)
+            torch.testing.assert_close(sparse(one[None]), vit.forward_head(vit.norm(x[None])), atol=1e-4, rtol=1e-4)
+
+
+# Training, sweeps, files, costs.
+
+
+class Small:
+    """The method's training on random images."""
+
+    def __init__(self, steps=6, **settings):
+        self.method = methods.create("sttabt", approx_epochs=1, epochs=1, **settings)
+        self.vit = network(img_size=24, patch_size=4)
+        torch.manual_seed(1)
+        self.sparse = self.method.sparsify(self.vit)
+        self.steps = steps
+
+    def train(self, **changes):
+        phases = self.method.phases(self.sparse, make_criterion(RECIPE), network(3))
+        training = Training(RECIPE, random_data(), plan("cpu", "float32"), seed=0, steps=self.steps, **changes)
+        return run_phases(self.sparse, phases, training)[0]
+
+
+def test_one_approximation_network_serves_a_sweep(tmp_path):
+    artifacts = Artifacts(tmp_path, {"seed": 0})
+    first, second, third = Small(p_logit=-0.5), Small(p_logit=-2.0), Small(variant="topk", ks=0.3)
+    logs = [one.train(artifacts=artifacts) for one in (first, second, third)]
+    assert logs[0][0].source is None
+    assert "artifact" in logs[1][0].source
+    assert "artifact" in logs[2][0].source
+    assert logs[1][0].macs == logs[0][0].macs > 0  # charged all the same
+    assert float(second.sparse.p_logit.mean()) == pytest.approx(-2.0, abs=0.1)
+    assert float(first.sparse.p_logit.mean()) == pytest.approx(-0.5, abs=0.1)
+    moved = Small(p_logit=-0.5, factor=8)
+    assert moved.train(artifacts=artifacts)[0].source is None
+
+
+def test_the_network_itself_does_not_move_while_it_is_imitated():
+    one = Small(variant="topk")
+    before = {name: value.clone() for name, value in one.sparse.state_dict().items()}
+    one.train()
+    moved = {
+        name.split(".")[0] for name, value in one.sparse.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved == {"approx", "transfer"}
+
+
+def test_class_tokens_never_move_and_positions_do():
+    one = Small()
+    before = {name: value.clone() for name, value in one.sparse.state_dict().items()}
+    cls_after_distilling = None
+
+    def look(progress):
+        nonlocal cls_after_distilling
+        if progress.phase == "concrete" and cls_after_distilling is None:
+            cls_after_distilling = one.sparse.approx.cls_token.detach().clone()
+
+    one.train(watch=look)
+    assert torch.equal(one.sparse.cls_token, before["cls_token"])
+    assert torch.equal(one.sparse.approx.cls_token, cls_after_distilling)
+    assert not torch.equal(one.sparse.pos_embed, before["pos_embed"])
+
+
+def test_the_authors_files_can_be_given(tmp_path):
+    """Of the approximation network alone, and of both."""
+    theirs = under("w/")
+    small = {
+        name.removeprefix("approx_bert."): value for name, value in theirs.items() if name.startswith("approx_bert.")
+    }
+    method, expected = official()
+    for phase, content in (("approx", small), ("concrete", theirs)):
+        path = tmp_path / f"{phase}.pth"
+        torch.save({"model": content}, path)
+        sparse = method.sparsify(official_vit())
+        backbone = sparse.blocks[0].attn.qkv.weight.detach().clone()
+        training = Training(
+            RECIPE, random_data(), plan("cpu", "float32"), seed=0, steps=4, given={phase: path}, convert=method.convert_checkpoint,
+        )  # fmt: skip
+        phases = method.phases(sparse, make_criterion(RECIPE))
+        if phase == "approx":
+            run_phases(
+                sparse, [*phases[:1], methods.TransformPhase(name="rest", apply=lambda: None, share=0.4)], training
+            )
+            assert torch.equal(sparse.blocks[0].attn.qkv.weight, backbone)
+        else:
+            training.given["approx"] = tmp_path / "approx.pth"
+            run_phases(sparse, phases, training)
+            assert torch.equal(sparse.blocks[0].attn.qkv.weight, expected.blocks[0].attn.qkv.weight)
+        torch.testing.assert_close(sparse.approx.state_dict(), expected.approx.state_dict())
+
+
+def test_a_given_file_must_have_what_the_phase_trains(tmp_path):
+    path = tmp_path / "partial.pth"
+    torch.save({"model": {"transfer_embedding.weight": torch.zeros(32, 16)}}, path)
+    method, _ = official()
+    sparse = method.sparsify(official_vit())
+    training = Training(
+        RECIPE, random_data(), plan("cpu", "float32"), seed=0, steps=4, given={"approx": path}, convert=method.convert_checkpoint,
+    )  # fmt: skip
+    with pytest.raises(Exception, match="does not fit this model"):
+        run_phases(sparse, method.phases(sparse, make_criterion(RECIPE)), training)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(4, 0.351), (8, 0.113)])
+def test_published_costs_of_deit_small(factor, expected):
+    vit = timm.create_model("deit_small_patch16_224").eval()
+    method = methods.create("sttabt", factor=factor)
+    torch.manual_seed(0)
+    sparse = method.sparsify(vit).eval()
+    report = method.report(sparse, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+    assert float(report.authors.parts["approximation"]) / 1e9 == pytest.approx(expected, abs=5e-4)
+    own = sum(float(extra.macs) for extra in report.overhead) / 1e9
+    assert own == pytest.approx({4: 0.3383, 8: 0.1090}[factor], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dense", "approx", "together"), [(192, 4.454, 0.351, 4.832), (197, 4.580, 0.363, 4.970)]
+)
+def test_the_closed_form_gives_the_authors_numbers(tokens, dense, approx, together):
+    shares = torch.ones(13, 1)
+    found = network_macs(shares, tokens, 384, 1536, 6, 16), network_macs(shares, tokens, 96, 384, 6, 16)
+    assert float(found[0]) / 1e9 == pytest.approx(dense, abs=6e-4)
+    assert float(found[1]) / 1e9 == pytest.approx(approx, abs=6e-4)
+    assert float(sum(found) + update_macs(shares, tokens, 6)) / 1e9 == pytest.approx(together, abs=1.1e-3)
+
+
+def test_wrong_settings_and_networks_are_told():
+    for wrong, said in (
+        ({"ks": 0.2}, "ks is for variant: topk"),
+        ({"variant": "manual", "p_logit": 0.0}, "p_logit is for variant: concrete"),
+        ({"variant": "concrete", "attention": "actual"}, "attention is for variant: topk"),
+        ({"factor": 0}, "factor"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            methods.create("sttabt", **wrong)
+    with pytest.raises(methods.Unsupported, match=r"factor 5 does not divide.*1, 2, 4, 8, 16 do"):
+        methods.create("sttabt", factor=5).sparsify(network())
+    with pytest.raises(methods.Unsupported, match="average pooling reads all tokens"):
+        methods.create("sttabt").sparsify(network(class_token=False, global_pool="avg"))
+
+
+def test_the_official_sweep_is_one_line():
+    run = spec.SPEC_FOLDER / "imagenet-sttabt-small.yaml"
+    labels = [cell.label for cell in load_run(run, only=["sttabt"]).cells()]
+    assert [label for label in labels if label.startswith("STTABT") and "," not in label] == [
+        f"STTABT {p}" for p in (-3.0, -2.0, -1.5, -1.25, -1.0, -0.5, 0.0, 0.5, 1.0)
+    ]

@@ -146,7 +146,7 @@ class STTABT(methods.Method):
         if self.settings.variant != "concrete":
             return
         ratings, (low, high) = sparse.ratings(images), (-15.0, 15.0)
-        for _ in range(30):
+        for _ in range(12):  # more would end at the very score of some token, where rounding decides
             sparse.p_logit.fill_((low + high) / 2)
             kept = concrete_masks(ratings, sparse.p_logit, sparse.outputs).kept[:-1].double().mean()
             low, high = (low, (low + high) / 2) if kept > keep_rate else ((low + high) / 2, high)
