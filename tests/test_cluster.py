@@ -85,6 +85,7 @@ def trained(results):
     return {record["label"]: record for record in records if record["kind"] == "train"}
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_learns(both):
     folder, _ = both
     one, two = trained(folder / "one"), trained(folder / "two")
@@ -103,6 +104,7 @@ def test_two_processes_learn_what_one_learns(both):
         assert (one[label]["where"]["processes"], two[label]["where"]["processes"]) == (1, 2)
 
 
+@pytest.mark.long
 def test_the_first_process_alone_talks_and_writes(both):
     folder, said = both
     assert said.count("[1/4] dense, seed 0: done") == 1

@@ -267,6 +267,7 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path, tiny_spec_file, toy_f
     assert "present" in again.stdout
 
 
+@pytest.mark.long
 def test_check_names_the_rule_that_is_broken(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text(

@@ -41,7 +41,7 @@ ALIKE = {
 }  # on other backbones they are as dynamicvit and svite
 
 
-@pytest.mark.parametrize("name", ["dense", "dynamicvit", "random", "svite", "magnitude"])
+@pytest.mark.parametrize("name", ["dense", "dynamicvit", "random", "svite", "magnitude", "sttabt"])
 def test_built_in_methods_keep_the_contract(name):
     findings = check_method(methods.create(name), ALIKE.get(name, tuple(BACKBONES)))
     assert not [finding for finding in findings if not finding.passed]
@@ -67,13 +67,31 @@ def test_sparse_training_keeps_the_contract_while_masks_move(settings):
     "settings",
     [
         {"sparsity": 0.7},
-        {"sparsity": 0.7, "svd_type": "none", "method": "std", "average_augmented": True, "average_share": 0.5},
+        pytest.param(
+            {"sparsity": 0.7, "svd_type": "none", "method": "std", "average_augmented": True, "average_share": 0.5},
+            marks=pytest.mark.long,
+        ),
         pytest.param({"sparsity": 0.7, "svd_type": "mix_head_fc_q", "svd_init": "official"}, marks=pytest.mark.long),
         pytest.param({"sparsity": 0.7, "method": "random"}, marks=pytest.mark.long),
     ],
 )
 def test_fixed_masks_keep_the_contract(settings):
     findings = list(check_method(methods.create("vitcod", **settings), ("plain",)))
+    assert len(findings) == len(RULES)
+    assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "topk"},
+        pytest.param({"variant": "manual"}, marks=pytest.mark.long),
+        pytest.param({"variant": "topk", "attention": "actual"}, marks=pytest.mark.long),
+        pytest.param({"prediction": 200, "factor": 8}, marks=pytest.mark.long),
+    ],
+)
+def test_variants_of_back_tracking_keep_the_contract(settings):
+    findings = list(check_method(methods.create("sttabt", **settings), ("plain",)))
     assert len(findings) == len(RULES)
     assert all(finding.passed for finding in findings), [f for f in findings if not f.passed]
 

@@ -304,6 +304,7 @@ def test_a_termination_is_obeyed_after_the_step_also_the_last_one(tmp_path, at):
     assert len(log.curve) == 8
 
 
+@pytest.mark.long
 def test_ctrl_c_waits_for_the_step_and_saves(tmp_path, tiny_data):
     """As a process: the same command goes on, mid-phase, and ends as an undisturbed one."""
     content = tiny_spec(tiny_data, entries=[], budget={"epochs": 60, "adapt_epochs": 1})

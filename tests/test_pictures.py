@@ -2,24 +2,33 @@
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import bench, tiny_spec
 
+from harness.errors import UserError
 from harness.packing import unpack
+from harness.photos import looked_at
 from harness.pictures import PICTURES, draw
+from harness.tokenpictures import kept_patches, shaded
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, tiny_data):
-    """Records of a network with fewer heads, neurons and tokens, and of dense ones."""
+    """Records of a network with fewer heads, neurons and tokens, of one whose images keep different tokens, and of dense ones."""
     folder = tmp_path_factory.mktemp("pictures")
     settings = {"pruning_type": "structured", "token_number": 0.5, "mode": "gather", "update_frequency": 0.1}
-    entries = [{"method": "svite", "label": "less of all", "settings": settings}]
+    entries = [
+        {"method": "svite", "label": "less of all", "settings": settings},
+        {"method": "sttabt", "label": "back-tracked {p_logit}", "settings": {"p_logit": [-0.5, -2.0]}},
+    ]
     spec = folder / "tiny.yaml"
     spec.write_text(yaml.safe_dump(tiny_spec(tiny_data, entries=entries)))
     done = bench("--spec", spec, "--results", folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "phase approx is taken from artifact" in done.stdout + done.stderr
     return folder
 
 
@@ -33,10 +42,70 @@ def test_every_picture_is_drawn(results):
     done = bench("visualize", record["id"][:10], "--results", results)
     assert done.returncode == 0, done.stderr
     drawn = [results / "pictures" / line.rpartition("/")[2] for line in done.stdout.split()]
-    expected = ["density", "heads", "neurons", "exploration"]  # as many tokens in every block, and no fixed attention
+    assert "without the images" in done.stderr  # the record has the card's name alone
+    expected = [
+        "density",
+        "heads",
+        "neurons",
+        "patches",
+        "exploration",
+    ]  # as many tokens in every block, and no fixed attention
     assert set(expected) < set(PICTURES)
     assert [path.stem.removeprefix(record["id"] + "-") for path in drawn] == expected
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_kept_patches_are_drawn_over_the_images(results, tiny_data, tmp_path):
+    record = record_of(results, "back-tracked -0.5")
+    done = bench("visualize", record["id"], "--results", results, "--card", tiny_data, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(list(tmp_path.glob("*-patches.png"))) == 1
+    kept = kept_patches(record)
+    assert kept.shape[:2] == (4, 2)
+    assert kept[0].sum() >= kept[-1].sum() > 0
+    photos = looked_at(record, str(tiny_data))
+    assert photos.shape[0] == 2
+    found = shaded(np.full((8, 8, 3), 0.6), np.array([[True, False], [True, True]]))
+    assert found[1, 6].tolist() == pytest.approx([0.2] * 3)  # dark
+    assert found[1, 3].tolist() == [1.0] * 3  # the edge of what is kept
+    assert found[6, 1].tolist() == [0.6] * 3
+    record["context"]["data"]["checksum"] = "other"
+    with pytest.raises(UserError, match="another checksum"):
+        looked_at(record, str(tiny_data))
+
+
+def test_occupancy_and_the_authors_count_are_in_the_tables(results, tmp_path):
+    record = record_of(results, "back-tracked -0.5")
+    csv = tmp_path / "all.csv"
+    done = bench("leaderboard", "--results", results, "--csv", csv)
+    assert done.returncode == 0, done.stderr
+    occupancy = record["report"]["numbers"]["occupancy"]
+    assert (
+        f"back-tracked -0.5: occupancy {occupancy:.3f}, occupancy of the loss"
+        in (results / "leaderboard.md").read_text()
+    )
+    row = pd.read_csv(csv).set_index("label").loc["back-tracked -0.5"]
+    assert row["macs_authors"] == pytest.approx(record["report"]["authors"]["macs"])
+    assert row["occupancy"] == pytest.approx(occupancy)
+    assert row["macs_executed"] == pytest.approx(row["macs_theoretical"], rel=0.01)
+
+
+def test_cost_shows_how_the_authors_count():
+    sizes = [
+        part
+        for key, value in {"embed_dim": 48, "depth": 4, "num_heads": 3}.items()
+        for part in ("--set", f"backbone.{key}={value}")
+    ]
+    command = ["cost", "--backbone", "vit_tiny_patch16_224", "--methods", "dense,sttabt", *sizes]
+    shown = bench(*command, "--authors")
+    assert shown.returncode == 0, shown.stderr
+    assert "as its authors count" in shown.stdout
+    assert "192 tokens" in " ".join(shown.stdout.split())
+    rows = json.loads(bench(*command, "--json").stdout)
+    assert rows[0]["authors"] is None
+    assert rows[1]["authors"]["macs"] == pytest.approx(sum(rows[1]["authors"]["parts"].values()))
+    assert 0 < rows[1]["numbers"]["occupancy"] < 1
 
 
 def test_tokens_are_drawn_where_blocks_differ(results, tmp_path):

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import records
@@ -15,6 +15,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=25)
 @given(content=st.dictionaries(st.text(), json_values, min_size=2))
 def test_ids_depend_on_the_content_and_not_on_its_order(content):
     backwards = dict(reversed(content.items()))
