@@ -87,7 +87,7 @@ def topk_sets(ratings: Sequence[Tensor], keep: Sequence[float], outputs: int) ->
         weight = kept[:, :rows].float()
         wanted = weight * (1 - PROPAGATED + PROPAGATED * impact[:, :rows])
         mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / weight.sum(dim=1, keepdim=True)
-        best = mean.topk(token_count(share, mean.shape[1]), dim=1).indices
+        best = mean.topk(token_count(share, int(mean.shape[1])), dim=1).indices
         kept = kept | torch.zeros_like(mean).scatter(1, best, 1.0).bool()
         on_kept = mean * kept
         impact = on_kept / (on_kept.sum(dim=1, keepdim=True) + 1e-8)
