@@ -148,7 +148,7 @@ def _attention_inputs(model: nn.Module, images: Tensor) -> dict[tuple, tuple[Ten
     found: dict[tuple, tuple[Tensor, list[Attention]]] = {}
 
     def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        others = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, Tensor)]
+        others = [value for value in (*args[1:], *kwargs.values()) if value is not None and value is not False]
         if isinstance(args[0], Tensor) and not others:
             itself = id(module) if hasattr(module, "use_kernel") else 0  # kernels of its own depend on its mask
             key = (args[0].shape[-2], tuple(args[0].shape), type(module), module.num_heads, module.head_dim, itself)

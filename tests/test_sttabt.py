@@ -16,6 +16,7 @@ from harness import cost, spec
 from harness.cells import load_run
 from harness.device import plan
 from harness.device.observe import Observer
+from harness.latency import Conditions, compare
 from harness.rules import RECIPE, random_data
 from harness.training.artifacts import Artifacts
 from harness.training.engine import run_phases
@@ -415,6 +416,17 @@ def test_a_plan_names_the_rows_that_go_on(drops, blocks):
         expected = [image * 10 + place for image, count in enumerate(counts[index + 1]) for place in range(count)]
         assert rows.tolist() == expected
         assert plan.starts[index + 1].tolist() == [0, *counts[index + 1].cumsum()]
+
+
+@pytest.mark.parametrize("settings_", [{}, {"variant": "topk", "attention": "actual"}, {"variant": "manual"}])
+def test_every_variant_can_be_timed(settings_):
+    vit = network()
+    _, _, deployed = models(vit, **settings_)
+    row = compare(vit, deployed, images(), Conditions(4, "float32", "eager", seconds=0.01))
+    assert row["speed_up"] > 0
+    assert "macs_executed" not in row["deployed"]  # no kernel executes more than another
+    row = compare(vit, deployed, images(2), Conditions(2, "bfloat16", "eager", seconds=0.01))
+    assert row["speed_up"] > 0
 
 
 def test_masks_stay_float32_under_autocast():
