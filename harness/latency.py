@@ -205,8 +205,9 @@ def _facts(contender: Contender, images: Tensor) -> dict[str, Any]:
         facts |= {
             "macs_executed": count.total,
             "parts_executed": count.parts,
-            "kernels_refused": contender.prepared.refused,
         }
+    if has_own_kernels(model) or contender.prepared.refused:
+        facts["kernels_refused"] = contender.prepared.refused
     return facts | {"peak_bytes": peak, "operations": seen.operations, "waits": len(seen.waits)}
 
 

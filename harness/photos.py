@@ -14,8 +14,11 @@ from harness.spec import SPEC_FOLDER, Data
 
 def looked_at(record: dict[str, Any], card: str | None = None, data_root: str | None = None) -> np.ndarray:
     """Float [n, H, W, 3] in 0..1, as many as the report's kept patches are of. card: where it is not the one in datasets/ that the record names. UserError where the data is not here, or is other data."""
-    context = record["context"]["data"]
-    data = open_data(Data(card=card or context["card"], image_size=context["image_size"]), SPEC_FOLDER, data_root)
+    context, crop = (
+        record["context"]["data"],
+        record["context"]["recipe"]["crop"],
+    )  # which decides how images are kept, and their checksum
+    data = open_data(Data(card=card or context["card"], image_size=context["image_size"]), SPEC_FOLDER, data_root, crop)
     if data.checksum != context["checksum"]:
         raise UserError(f"data {context['card']}: not the images that the record is of (another checksum)")
     count, split = record["report"]["kept_patches"]["shape"][1], "val" if len(data.val_ids) else "test"

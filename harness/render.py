@@ -198,7 +198,7 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
-                "macs_authors": row.macs_authors, **row.numbers,
+                "macs_authors": row.macs_authors, **{f"report: {name}": value for name, value in row.numbers.items()},
                 **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]

@@ -55,6 +55,9 @@ class Speed:
         }  # fmt: skip
 
 
+REFUSED = "could not be tried"
+
+
 def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
     """One cell of a table from the latency rows of its records; theoretical: the speed-up by multiply-adds."""
     measured = [row for row in latencies if "unavailable" not in row]
@@ -121,7 +124,7 @@ def _kernels(deployed: list[dict[str, Any]]) -> str:
         {name for row in deployed for names in row.get("kernels", {}).values() for name in names.split(" and ")}
     )
     refused = dict.fromkeys(
-        f"{name} could not be tried: {why}" for row in deployed for name, why in row.get("kernels_refused", {}).items()
+        f"{name} {REFUSED}: {why}" for row in deployed for name, why in row.get("kernels_refused", {}).items()
     )
     return "; ".join([" and ".join(names), *refused])
 
@@ -132,11 +135,12 @@ def executed(counted: float, speeds: Iterable[Speed]) -> float:
 
 
 def chosen_kernels(speeds: Mapping[Timing, Speed], names: Mapping[Timing, str]) -> str | None:
-    """A line that says which attention was chosen where there was a choice besides the dense kernels."""
+    """A line that says which attention was chosen where there was a choice besides the dense kernels, or what could not be tried."""
     found = [
-        f"{speed.kernels} at {names[timing]} ({speed.macs / 1e9:.4f} GMACs run)"
+        f"{speed.kernels} at {names[timing]}"
+        + (f" ({speed.macs / 1e9:.4f} GMACs run)" if speed.macs is not None else "")
         for timing, speed in speeds.items()
-        if speed.macs is not None
+        if speed.macs is not None or REFUSED in (speed.kernels or "")
     ]
     return f"attention chosen by measuring: {', '.join(found)}" if found else None
 

@@ -13,8 +13,8 @@ from harness.packing import pack, squeeze
 MOST_ENTRIES = 2**21  # of averaged attention maps, a byte each; larger ones stay in the checkpoint
 
 
-def summary(report: methods.Report, grid: tuple[int, int]) -> dict[str, Any]:
-    """What pictures, tables and `show` know of the report. grid: the rows and columns of patches."""
+def summary(report: methods.Report, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What pictures, tables and `show` know of the report. grid: the rows and columns of patches, for the kept ones."""
     return {
         "tokens": {
             kind: [_mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
@@ -77,11 +77,11 @@ def _units(report: methods.Report) -> dict[str, Any]:
     return found
 
 
-def _tokens(report: methods.Report, grid: tuple[int, int]) -> dict[str, Any]:
+def _tokens(report: methods.Report, grid: tuple[int, int] | None) -> dict[str, Any]:
     """Which patches entered each block, for each image that was looked at: bits [blocks, images, patches]."""
     kept = [block.kept for block in report.blocks]
     images = max((len(ids) for ids in kept if ids is not None), default=0)
-    if not images:
+    if not images or grid is None:
         return {}
     bits = np.ones((len(kept), images, grid[0] * grid[1]), dtype=bool)
     for block, ids in zip(bits, kept, strict=True):

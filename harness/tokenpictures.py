@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DARK = 1 / 3  # of an image's brightness where a patch was dropped
 PATCH = 16  # pixels of a patch in a picture, at least
+MOST = 8  # images in a picture
 GREY = 0.75  # where there are no images
 
 
@@ -29,7 +30,7 @@ def has_dropped(record: dict[str, Any]) -> bool:
 
 def paint(figure: Figure, record: dict[str, Any]) -> None:
     """A line per image: itself, and what entered each block. record["photos"]: float [images, H, W, 3] in 0..1, or None for grey ones."""
-    kept, photos = kept_patches(record), record.get("photos")
+    kept, photos = kept_patches(record)[:, :MOST], record.get("photos")
     blocks, images = kept.shape[:2]
     figure.set_size_inches(max(1.0 * (blocks + 1), 4.0), 1.0 * images + 0.6)
     axes = figure.subplots(images, blocks + 1, squeeze=False)

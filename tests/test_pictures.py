@@ -87,7 +87,7 @@ def test_occupancy_and_the_authors_count_are_in_the_tables(results, tmp_path):
     )
     row = pd.read_csv(csv).set_index("label").loc["back-tracked -0.5"]
     assert row["macs_authors"] == pytest.approx(record["report"]["authors"]["macs"])
-    assert row["occupancy"] == pytest.approx(occupancy)
+    assert row["report: occupancy"] == pytest.approx(occupancy)
     assert row["macs_executed"] == pytest.approx(row["macs_theoretical"], rel=0.01)
 
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import RmsNorm, SwiGLUPacked
 
 import methods
 from harness import cost, spec
@@ -22,7 +23,7 @@ from harness.training.artifacts import Artifacts
 from harness.training.engine import run_phases
 from harness.training.optimizers import make_criterion
 from harness.training.setup import Training
-from methods.core import native
+from methods.core import native, operators
 from methods.core.operators import packed_attention, scored_attention
 from methods.core.pooled import value_of
 from methods.sttabt import backtracking
@@ -64,7 +65,7 @@ def official_vit():
 
 def official(**changes):
     """The method, and its network with the authors' weights, by way of their checkpoint."""
-    wanted = {"factor": meta()["factor"]} | changes
+    wanted = ({} if changes.get("attention") == "actual" else {"factor": meta()["factor"]}) | changes
     if wanted.get("variant", "concrete") == "concrete":
         wanted["p_logit"] = meta()["p_init"]
     method = methods.create("sttabt", **wanted)
@@ -376,6 +377,7 @@ def test_packed_attention_is_each_images_own(lengths, width):
     k, v = torch.randn(sum(keys), 2, 2, width).unbind(1)
     starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys)]
     found = packed_attention(q, k, v, *starts, queries, keys)
+    assert torch.equal(found, operators._packed_natively(q, k, v, *starts))  # and not what stands in for it
     for ours, one_q, one_k, one_v in zip(found.split(queries), q.split(queries), k.split(keys), v.split(keys), strict=True):  # fmt: skip
         weights = torch.einsum("qhd,khd->hqk", one_q, one_k) * width**-0.5
         torch.testing.assert_close(ours, torch.einsum("hqk,khd->qhd", weights.softmax(-1), one_v), **CLOSE)
@@ -439,6 +441,83 @@ def test_masks_stay_float32_under_autocast():
     assert masks.soft.dtype == masks.scores.dtype == torch.float32
     sum(value_of(term) for term in terms.values()).backward()
     assert all(p.grad.isfinite().all() for p in sparse.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("variant", ["concrete", "topk"])
+def test_sets_are_the_same_under_autocast(variant):
+    torch.manual_seed(0)
+    found = [torch.rand(4, 60, 60).softmax(-1) for _ in range(5)] + [torch.rand(4, 1, 60).softmax(-1)]
+
+    def sets():
+        if variant == "topk":
+            return topk_sets(found, [0.3] * 6, 1)[0]
+        return concrete_masks(found, torch.full((6,), -0.4), 1).kept
+
+    expected = sets()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sets(), expected)
+
+
+def test_the_thresholds_loss_is_its_formula():
+    """In the golden case the thresholds are where they began."""
+    _, sparse, _ = models(p_logit=-0.5)
+    moved = torch.tensor([-0.5, -0.1, -1.0, 0.7])
+    with torch.no_grad():
+        sparse.p_logit.copy_(moved)
+    objective = ConcreteObjective(sparse, torch.nn.CrossEntropyLoss(), None, -0.5, 100.0, 1e-3).train()
+    terms = objective(images(), torch.arange(4), None)
+    assert float(terms["thresholds"]) == pytest.approx(1e-3 * (0.4**2 + 0.5**2 + 1.2**2), rel=1e-5)
+    occupied = sparse.masks(images()).soft[1:].mean()
+    target = torch.tensor(-0.5).sigmoid()
+    assert float(value_of(terms["ratio"])) == pytest.approx(float(100 * (target - occupied) ** 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"qkv_bias": False}, {"proj_bias": False}, {"depth": 1}, {"norm_layer": RmsNorm}])
+def test_other_networks(changes):
+    method, sparse, deployed = models(network(**changes))
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(images()), sparse(images()), atol=1e-4, rtol=1e-4)
+    assert len(method.report(deployed, images()).blocks) == len(sparse.blocks)
+
+
+def test_what_is_no_number_reaches_the_logits_of_its_image_alone():
+    for variant in ({}, {"variant": "topk"}):
+        _, _, deployed = models(**variant)
+        for kernel in ("plain", "scored"):
+            for block in deployed.approx.blocks:
+                block.attn.use_kernel(kernel, torch.device("cpu"))
+            for bad in (0, 3):
+                x = images()
+                with torch.no_grad():
+                    expected = deployed(x)
+                    x[bad, 0, 5, 5] = torch.nan
+                    found = deployed(x)
+                assert bool(found[bad].isnan().all())
+                others = [image for image in range(4) if image != bad]
+                torch.testing.assert_close(found[others], expected[others], atol=1e-4, rtol=1e-4)
+
+
+def test_numbers_that_are_none_show_in_the_kernels():
+    qkv = torch.randn(1, 20, 3 * 2 * 8)
+    qkv[0, 3, 20] = torch.nan  # a key
+    out, rating = scored_attention(qkv, 2, True)
+    assert bool(rating.isnan().all())
+    assert bool(out[..., 8:].isnan().all() | out[..., :8].isnan().all())
+    starts = torch.tensor([0, 20], dtype=torch.int32)
+    q, k, v = (part[0].reshape(20, 2, 8) for part in qkv.split(16, dim=2))
+    assert bool(packed_attention(q, k, v, starts, starts, [20], [20]).isnan().any())
+
+
+def test_packed_attention_refuses_what_it_would_misread():
+    q = torch.randn(5, 2, 8)
+    starts = torch.tensor([0, 5], dtype=torch.int32)
+    for arguments, said in (
+        ((q, q, q.bfloat16(), starts, starts), "v must be torch.float32"),
+        ((q, q, q, starts.long(), starts), "q_starts must be torch.int32"),
+        ((q, q, q, starts, starts + 1), "starts do not fit 5 queries and 5 keys"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            packed_attention(*arguments, [5], [5])
 
 
 def test_manual_top_k_is_its_description():
@@ -555,6 +634,22 @@ def test_the_authors_files_can_be_given(tmp_path):
         torch.testing.assert_close(sparse.approx.state_dict(), expected.approx.state_dict())
 
 
+def test_a_file_of_both_networks_gives_the_approximation_network_alone(tmp_path):
+    """Where it is given for the phase that makes that."""
+    torch.save({"model": under("w/")}, tmp_path / "both.pth")
+    method, expected = official()
+    sparse = method.sparsify(official_vit())
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    training = Training(
+        RECIPE, random_data(), plan("cpu", "float32"), seed=0, steps=4, given={"approx": tmp_path / "both.pth"}, convert=method.convert_checkpoint,
+    )  # fmt: skip
+    rest = methods.TransformPhase(name="rest", apply=lambda: None, share=0.4)
+    run_phases(sparse, [*method.phases(sparse, make_criterion(RECIPE))[:1], rest], training)
+    for name, value in sparse.state_dict().items():
+        own = name.split(".")[0] in ("approx", "transfer")
+        assert torch.equal(value, expected.state_dict()[name] if own else before[name]), name
+
+
 def test_a_given_file_must_have_what_the_phase_trains(tmp_path):
     path = tmp_path / "partial.pth"
     torch.save({"model": {"transfer_embedding.weight": torch.zeros(32, 16)}}, path)
@@ -563,7 +658,7 @@ def test_a_given_file_must_have_what_the_phase_trains(tmp_path):
     training = Training(
         RECIPE, random_data(), plan("cpu", "float32"), seed=0, steps=4, given={"approx": path}, convert=method.convert_checkpoint,
     )  # fmt: skip
-    with pytest.raises(Exception, match="does not fit this model"):
+    with pytest.raises(Exception, match="does not fit this model: it has no approx"):
         run_phases(sparse, method.phases(sparse, make_criterion(RECIPE)), training)
 
 
@@ -596,6 +691,8 @@ def test_wrong_settings_and_networks_are_told():
         ({"variant": "manual", "p_logit": 0.0}, "p_logit is for variant: concrete"),
         ({"variant": "concrete", "attention": "actual"}, "attention is for variant: topk"),
         ({"factor": 0}, "factor"),
+        ({"variant": "manual", "factor": 8}, "factor is for the approximation network, and here is none"),
+        ({"variant": "topk", "p_lr": 2.0}, "p_lr is for variant: concrete"),
     ):
         with pytest.raises(ValueError, match=said):
             methods.create("sttabt", **wrong)
@@ -603,6 +700,10 @@ def test_wrong_settings_and_networks_are_told():
         methods.create("sttabt", factor=5).sparsify(network())
     with pytest.raises(methods.Unsupported, match="average pooling reads all tokens"):
         methods.create("sttabt").sparsify(network(class_token=False, global_pool="avg"))
+    with pytest.raises(methods.Unsupported, match="patch_drop_rate 0"):
+        methods.create("sttabt").sparsify(network(patch_drop_rate=0.5))
+    with pytest.raises(methods.Unsupported, match="plain Mlp"):
+        methods.create("sttabt").sparsify(network(mlp_layer=SwiGLUPacked))
 
 
 def test_the_official_sweep_is_one_line():

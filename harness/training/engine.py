@@ -205,8 +205,8 @@ class Run:
             if path is None or not training.cluster.share(lambda: self._is_whole(path)):
                 return False
             content, source = read_state(path), f"artifact {phase.artifact}"
-        if phase.name in training.given:
-            content["model"] = self._untrained_by(phase) | content["model"]
+        if phase.name in training.given and isinstance(phase, TrainPhase) and phase.makes is not None:
+            content["model"] = self._parts(phase, content["model"])
         restore(self.model, self.phases, content)
         self.ema = None
         if content.get("ema") is not None:
@@ -216,13 +216,14 @@ class Run:
         training.say(f"phase {phase.name} is taken from {source}")
         return True
 
-    def _untrained_by(self, phase: Phase) -> dict[str, Any]:
-        """What the phase leaves as it is: a given file need not have it."""
-        if not isinstance(phase, TrainPhase) or phase.groups is None:
-            return {}
-        trained = {id(parameter) for group in phase.groups for parameter in group.parameters}
-        left = {name for name, parameter in self.model.named_parameters() if id(parameter) not in trained}
-        return {name: value for name, value in self.model.state_dict().items() if name in left}
+    def _parts(self, phase: TrainPhase, given: dict[str, Any]) -> dict[str, Any]:
+        """The model's state with the modules that the phase makes from a given file, which need not have more, and whose others are not wanted."""
+        own = self.model.state_dict()
+        wanted = [name for name in own if name.split(".")[0] in phase.makes]
+        lost = next((name for name in wanted if name not in given), None)
+        if lost is not None:
+            raise agreed(UserError(f"phases.{phase.name}: the file does not fit this model: it has no {lost}"))
+        return own | {name: given[name] for name in wanted}
 
     def _is_whole(self, path: Path) -> bool:
         """Whether the artifact is there and can be used."""

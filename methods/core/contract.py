@@ -61,6 +61,7 @@ class TrainPhase:
     artifact: a key under which other cells may reuse what this phase made (they are still charged its cost). It names
         every setting that matters for it; data, backbone, recipe, budget, seed and dense weights are added by the harness.
         All phases before it need one, too.
+    makes: the model's modules that the phase makes, where it leaves the others alone: of a file that is given for the phase these are taken, and no more.
     """
 
     name: str
@@ -72,6 +73,7 @@ class TrainPhase:
     state: Any = None
     divisible: bool = True
     artifact: str | None = None
+    makes: Sequence[str] | None = None
     kind: ClassVar[str] = "train"
 
 

@@ -71,6 +71,17 @@ def packed_attention(
 
 
 def _packed_natively(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor) -> Tensor:
+    for what, tensor, dtype in (
+        ("k", k, q.dtype),
+        ("v", v, q.dtype),
+        ("q_starts", q_starts, torch.int32),
+        ("k_starts", k_starts, torch.int32),
+    ):
+        if tensor.dtype != dtype or tensor.device.type != "cpu":
+            raise ValueError(f"{what} must be {dtype} on the CPU, not {tensor.dtype} on {tensor.device}")
+    q_starts, k_starts = q_starts.contiguous(), k_starts.contiguous()
+    if len(q_starts) != len(k_starts) or int(q_starts[-1]) > len(q) or int(k_starts[-1]) > min(len(k), len(v)):
+        raise ValueError(f"starts do not fit {len(q)} queries and {len(k)} keys")
     kernel, width = native.packed_attention(), q.shape[2]
     q, k, v = (x if x.stride()[1:] == (width, 1) else x.contiguous() for x in (q, k, v))
     if k.stride(0) != v.stride(0):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 from pydantic import Field
+from timm.layers import Mlp
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,6 +31,13 @@ from methods.sttabt.training import (
 
 Epochs = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
+
+
+OWNERS = {
+    "p_logit": "concrete", "lambda_mask": "concrete", "lambda_p": "concrete", "p_lr": "concrete", "score_lr": "concrete", "ks": "topk", "attention": "topk",
+    "occupancy": "manual",
+}  # fmt: skip
+OF_APPROX = {"factor", "approx_epochs", "epochs", "prediction", "approx_lr"}
 
 
 class Settings(methods.Settings):
@@ -64,10 +72,13 @@ class Settings(methods.Settings):
 
     @pydantic.model_validator(mode="after")
     def _of_the_variant(self) -> Settings:
-        owners = {"p_logit": "concrete", "ks": "topk", "attention": "topk", "occupancy": "manual"}
-        for name, variant in owners.items():
-            if variant != self.variant and getattr(self, name) != type(self).model_fields[name].default:
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        for name in changed:
+            variant = OWNERS.get(name, self.variant)
+            if variant != self.variant:
                 raise ValueError(f"{name} is for variant: {variant}, not {self.variant}")
+            if name in OF_APPROX and not self.has_approx:
+                raise ValueError(f"{name} is for the approximation network, and here is none")
         return self
 
     @property
@@ -101,6 +112,12 @@ class STTABT(methods.Method):
                                       "could be left out; use a network with a class token")  # fmt: skip
         if self.settings.variant == "manual":
             return self._manual(vit)
+        if not isinstance(vit.patch_drop, nn.Identity):
+            raise methods.Unsupported(
+                "sttabt: patches that are dropped at random would not be the same in both networks; use patch_drop_rate 0"
+            )
+        if any(not isinstance(block.mlp, Mlp) for block in vit.blocks):
+            raise methods.Unsupported("sttabt: only timm's plain Mlp can be masked between its layers")
         sparse = specialise(vit, BackTrackedViT)
         replace_attention(sparse, MaskedAttention)
         sparse.outputs = outputs_of(vit)
@@ -154,7 +171,11 @@ class STTABT(methods.Method):
     @torch.no_grad()
     def report(self, module: BackTrackedViT | ManualViT, images: Tensor) -> methods.Report:
         if isinstance(module, ManualViT):
-            return methods.Report(module.block_reports(images))
+            blocks = module.block_reports(images)
+            shares = torch.tensor([*(int(block.keys) for block in blocks), module.outputs]) / (
+                module.patch_embed.num_patches + module.num_prefix_tokens
+            )
+            return methods.Report(blocks, numbers={"occupancy": shares.mean()[None]})
         kept = module.choose(images).cpu()
         tokens, prefix = kept.shape[2], module.num_prefix_tokens
         counts = kept.sum(dim=2)
@@ -194,6 +215,7 @@ class STTABT(methods.Method):
             name="approx", objective=Distillation(sparse, settings.prediction), share=share,
             groups=[methods.Group("approx", learned, lr_scale=settings.approx_lr)],
             artifact=f"factor={settings.factor} approx_lr={settings.approx_lr} prediction={settings.prediction}",
+            makes=("approx", "transfer"),
         )  # fmt: skip
         if settings.variant == "topk":
             return [approx, methods.TransformPhase(name="untrained", apply=_nothing, share=1 - share)]

@@ -1,9 +1,9 @@
-"""The approximation network: a narrow copy of a vision transformer whose attention maps imitate the original's (section 3.1)."""
+"""The approximation network: a narrow copy of a vision transformer whose attention maps imitate the original's."""
 
 from __future__ import annotations
 
 import torch
-from timm.layers import Attention, Mlp
+from timm.layers import Attention
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,8 +107,7 @@ def narrowed(vit: VisionTransformer, factor: int) -> ApproxNet:
     """A copy of `vit` whose width and MLPs are divided by `factor`: each parameter takes every so-many-th entry of the original's, both flattened
     (nearest interpolation in one dimension). The classifier begins anew. Unsupported where a head or an MLP cannot be divided."""
     attention = vit.blocks[0].attn
-    sizes = {"heads": attention.head_dim, "width": vit.embed_dim}
-    sizes |= {"MLP": vit.blocks[0].mlp.fc1.out_features} if isinstance(vit.blocks[0].mlp, Mlp) else {}
+    sizes = {"heads": attention.head_dim, "width": vit.embed_dim, "MLP": vit.blocks[0].mlp.fc1.out_features}
     if any(size % factor for size in sizes.values()):
         smallest = min(sizes.values())
         works = [f for f in range(1, smallest + 1) if all(size % f == 0 for size in sizes.values())]
@@ -121,6 +120,7 @@ def narrowed(vit: VisionTransformer, factor: int) -> ApproxNet:
     with torch.no_grad():
         for name, module in list(net.named_modules()):
             _narrow(module, factor, is_classifier=name in ("head", "head_dist"))
+    net.pos_drop = nn.Identity()  # scores are without dropout
     net.embed_dim = net.num_features = net.head_hidden_size = vit.embed_dim // factor
     return net
 
@@ -138,9 +138,8 @@ def _narrow(module: nn.Module, factor: int, is_classifier: bool) -> None:
             module.reset_parameters()
     elif isinstance(module, nn.Conv2d):
         module.out_channels = module.weight.shape[0]
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape) if module.weight is not None else tuple(
-            size // factor for size in module.normalized_shape)  # fmt: skip
+    elif hasattr(module, "normalized_shape"):  # LayerNorm and its relatives
+        module.normalized_shape = tuple(size // factor for size in module.normalized_shape)
     elif isinstance(module, Attention):
         module.head_dim, module.attn_dim = module.head_dim // factor, module.attn_dim // factor
         module.scale = module.head_dim**-0.5

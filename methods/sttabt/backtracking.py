@@ -1,4 +1,4 @@
-"""Walks back from the network's output: which tokens does each block need (sections 3.2 and 3.3)?
+"""Walks back from the network's output: which tokens does each block need?
 
 Tokens of the output (CLS; with a distilled network the second one, too) come first. Sets are stacked from the input on, [L + 1, B, N]: entry i is what
 block i reads (its keys and values), entry i + 1 what it writes (its queries, projection and MLP); the last one is the output's. Each holds the next.
@@ -29,8 +29,8 @@ class Masks:
 
     @property
     def kept(self) -> Tensor:
-        """bool [L + 1, B, N]: what evaluation keeps."""
-        return self.soft >= THRESHOLD
+        """bool [L + 1, B, N]: what evaluation keeps. All of an image whose scores are no numbers, so that these reach the logits."""
+        return ~(self.soft < THRESHOLD)
 
 
 def _start(rating: Tensor, outputs: int) -> Tensor:
@@ -79,20 +79,21 @@ def topk_sets(ratings: Sequence[Tensor], keep: Sequence[float], outputs: int) ->
     """The best keep[i] of the tokens for block i, and what the block after it needs: bool [L + 1, B, N], and their impacts [L, B, N], shares of 1.
 
     ratings: attention, as in `concrete_masks`."""
-    impact = _start(ratings[-1], outputs)
-    kept = impact.bool()
-    sets, impacts = [kept], []
-    for rating, share in zip(reversed(ratings), reversed(keep), strict=True):
-        rows = rating.shape[1]
-        weight = kept[:, :rows].float()
-        wanted = weight * (1 - PROPAGATED + PROPAGATED * impact[:, :rows])
-        mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / weight.sum(dim=1, keepdim=True)
-        best = mean.topk(token_count(share, int(mean.shape[1])), dim=1).indices
-        kept = kept | torch.zeros_like(mean).scatter(1, best, 1.0).bool()
-        on_kept = mean * kept
-        impact = on_kept / (on_kept.sum(dim=1, keepdim=True) + 1e-8)
-        sets.append(kept)
-        impacts.append(impact)
+    with torch.autocast(ratings[0].device.type, enabled=False):
+        impact = _start(ratings[-1], outputs)
+        kept = impact.bool()
+        sets, impacts = [kept], []
+        for rating, share in zip(reversed(ratings), reversed(keep), strict=True):
+            rows = rating.shape[1]
+            weight = kept[:, :rows].float()
+            wanted = weight * (1 - PROPAGATED + PROPAGATED * impact[:, :rows])
+            mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / weight.sum(dim=1, keepdim=True)
+            best = mean.topk(token_count(share, int(mean.shape[1])), dim=1).indices
+            kept = kept | torch.zeros_like(mean).scatter(1, best, 1.0).bool() | mean.isnan()
+            on_kept = mean * kept
+            impact = on_kept / (on_kept.sum(dim=1, keepdim=True) + 1e-8)
+            sets.append(kept)
+            impacts.append(impact)
     return torch.stack(sets[::-1]), torch.stack(impacts[::-1])
 
 

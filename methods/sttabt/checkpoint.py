@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ INSIDE = {
     "layernorm_before.": "norm1.", "attention.output.dense.": "attn.proj.", "layernorm_after.": "norm2.", "intermediate.dense.": "mlp.fc1.",
     "output.dense.": "mlp.fc2.",
 }  # fmt: skip
+DEAD = re.compile(r"encoder\.layer\.\d+\.(concrete_prop_p_logit|ltp)")  # left in files by code that is not used
 QKV = ("query", "key", "value")
 
 
@@ -23,6 +25,7 @@ def converted(content: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict of both networks (a file of the second training) or of the approximation network alone (of the first). Names that are not known stay, so
     that loading tells of them."""
     state = {name.removeprefix("module."): value for name, value in content.get("model", content).items()}
+    state = {name: value for name, value in state.items() if not DEAD.search(name)}
     if "p_logit" in state or "blocks.0.attn.qkv.weight" in state:
         return state  # one of our own
     if any(name.startswith("approx_bert.") for name in state):

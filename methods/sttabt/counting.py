@@ -41,10 +41,11 @@ def authors_macs(module: BackTrackedViT, kept: Tensor) -> AuthorsCount:
     tokens = AUTHORS_TOKENS if kept.shape[2] == 197 else kept.shape[2]
     shares, heads = kept.double().mean(dim=2), module.blocks[0].attn.num_heads
     all_kept = torch.ones_like(shares)
+    factor = module.embed_dim // module.approx.embed_dim
     patch = module.patch_embed.proj.kernel_size[0]
     parts = {
         "network": network_macs(shares, tokens, *_widths(module), heads, patch),
-        "approximation": network_macs(all_kept, tokens, *_widths(module.approx), heads, patch),
+        "approximation": network_macs(all_kept, tokens, *(width // factor for width in _widths(module)), heads, patch),
         "masks": update_macs(shares, tokens, heads),
     }
     return AuthorsCount(parts, NOTE.format(tokens=tokens))

@@ -1,4 +1,4 @@
-"""STTABT's network as it trains: soft masks on keys, queries and MLPs, and no token is gone (section 3.3)."""
+"""STTABT's network as it trains: soft masks on keys, queries and MLPs, and no token is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""STTABT's two trainings: the approximation network is distilled; then all is trained end to end under soft masks (section 3.3 and appendix)."""
+"""STTABT's two trainings: the approximation network is distilled; then all is trained end to end under soft masks."""
 
 from __future__ import annotations
 

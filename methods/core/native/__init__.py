@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FLAGS = ("-O3", "-ffast-math", "-std=c++17", "-fPIC", "-c")
+FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-fPIC", "-c")  # what is no number must show
 OPTIONAL = (
     ("-fopenmp", "-march=native", "-mprefer-vector-width=512"),
     ("-fopenmp", "-march=native"),
@@ -27,29 +27,45 @@ class NoKernel(RuntimeError):
     """A kernel cannot be had here; the message is the reason, for people."""
 
 
-@lru_cache
+# Arguments: so many pointers, so many whole numbers of 64 bits, and others.
+ARGUMENTS = {
+    "listed_attention": (4, 4, (ctypes.c_float, ctypes.c_int)),
+    "scored_attention": (3, 4, (ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+    "packed_attention": (6, 5, (ctypes.c_float, ctypes.c_int)),
+}
+
+
 def listed_attention() -> ctypes._CFuncPtr:
     """`listed_attention` of listed_attention.cpp. NoKernel where it cannot be compiled."""
-    function = _library("listed_attention").listed_attention
-    function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4 + [ctypes.c_float, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
+    return _kernel("listed_attention")
 
 
-@lru_cache
 def scored_attention() -> ctypes._CFuncPtr:
     """`scored_attention` of scored_attention.cpp. NoKernel where it cannot be compiled."""
-    function = _library("scored_attention").scored_attention
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_float, ctypes.c_int, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
+    return _kernel("scored_attention")
+
+
+def packed_attention() -> ctypes._CFuncPtr:
+    """`packed_attention` of packed_attention.cpp. NoKernel where it cannot be compiled."""
+    return _kernel("packed_attention")
+
+
+def _kernel(name: str) -> ctypes._CFuncPtr:
+    found = _made_once(name)
+    if isinstance(found, NoKernel):
+        raise NoKernel(str(found))
+    return found
 
 
 @lru_cache
-def packed_attention() -> ctypes._CFuncPtr:
-    """`packed_attention` of packed_attention.cpp. NoKernel where it cannot be compiled."""
-    function = _library("packed_attention").packed_attention
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_float, ctypes.c_int]
+def _made_once(name: str) -> ctypes._CFuncPtr | NoKernel:
+    """The function of NAME.cpp, or why there is none: what failed once in a process is not tried at every call."""
+    try:
+        function = getattr(_library(name), name)
+    except NoKernel as reason:
+        return reason
+    pointers, numbers, others = ARGUMENTS[name]
+    function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers + list(others)
     function.restype = ctypes.c_int
     return function
 
