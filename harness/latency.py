@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,28 +103,35 @@ class Contender:
 
 
 @torch.inference_mode()
-def compare(dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions) -> dict[str, Any]:
-    """Times both on images [B, 3, H, W]: a row for each, and the median of the rounds' ratios (dense over deployed) with an
+def compare(
+    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, others: Sequence[Tensor] = ()
+) -> dict[str, Any]:
+    """Times both on images [B, 3, H, W], and in turn on other batches of as many, since images may differ in what they take: a row for each, and the median of the rounds' ratios (dense over deployed) with an
     interval for it (95 % for a fixed number of rounds; stopping once it is narrow costs some of that). {"unavailable": reason}
     where the conditions cannot be."""
     use(images.device)
     try:
         with precision(images.device, conditions.dtype), sensors.Watch(images.device) as watch:
-            row = _compare(dense, deployed, images, conditions, watch)
+            row = _compare(dense, deployed, images, conditions, watch, others)
     except NotAvailable as error:
         return {"batch": len(images), "unavailable": str(error)}
     return row | {"conditions": watch.conditions}
 
 
 def _compare(
-    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, watch: sensors.Watch
+    dense: nn.Module,
+    deployed: nn.Module,
+    images: Tensor,
+    conditions: Conditions,
+    watch: sensors.Watch,
+    others: Sequence[Tensor],
 ) -> dict[str, Any]:
     if conditions.mode == "compile":
         torch.compiler.reset()  # what an earlier call compiled would count towards the limit of versions
-    images = images.to(DTYPES[conditions.dtype])
+    images, *others = (batch.to(DTYPES[conditions.dtype]) for batch in (images, *others))
     names = ("dense", "deployed")
     meter, energy = _meter(images.device) if conditions.energy else (None, {})
-    contenders = [_contender(model, images, conditions) for model in (dense, deployed)]
+    contenders = [_contender(model, images, others, conditions) for model in (dense, deployed)]
     _warm_up(contenders, min(WARM_UP_LIMIT, WARM_UP_SHARE * conditions.seconds))
     ratios = _rounds(contenders, conditions.seconds)
     watch.look()
@@ -154,9 +161,10 @@ def _rounds(contenders: list[Contender], seconds: float) -> list[float]:
             return ratios
 
 
-def _contender(model: nn.Module, images: Tensor, conditions: Conditions) -> Contender:
+def _contender(model: nn.Module, images: Tensor, others: Sequence[Tensor], conditions: Conditions) -> Contender:
     prepared = prepare(model, images, conditions.dtype, conditions.mode)
-    return Contender(prepared, itertools.cycle(cold_inputs(prepared.inputs(images))), images.device)
+    inputs = [*cold_inputs(prepared.inputs(images)), *map(prepared.inputs, others)]
+    return Contender(prepared, itertools.cycle(inputs), images.device)
 
 
 def _warm_up(contenders: list[Contender], limit: float) -> None:

@@ -19,6 +19,7 @@ from harness.device.execution import is_out_of_memory, release
 from harness.latency import Conditions
 
 Row = dict[str, Any]
+TIMED = 8  # images at least that a measurement goes through, batch by batch
 CALIBRATED = 8  # images on which an untrained model is set to keep a share
 
 
@@ -137,7 +138,7 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
         costs["remarks"], costs["numbers"] = list(report.remarks), summary.numbers(report)
     yield -1, costs
     varies = cost.shapes_vary(method.report(sparse, sample))
-    images = _images(job, max(conditions.batch for conditions in job.conditions), seed=0)
+    images = _images(job, max(TIMED, *(conditions.batch for conditions in job.conditions)), seed=0)
     device = torch.device(job.device)
     for number, conditions in enumerate(job.conditions):
         if varies and conditions.mode == "cudagraph":
@@ -157,7 +158,10 @@ def _halving(
     while True:
         release(device)
         try:
-            return latency.compare(dense, deployed, _of_size(images, batch).to(device), conditions)
+            first, *others = (
+                part.to(device) for part in _of_size(images, max(batch, TIMED // batch * batch)).split(batch)
+            )
+            return latency.compare(dense, deployed, first, conditions, others)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
                 raise

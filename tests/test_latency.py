@@ -260,3 +260,18 @@ def test_costs_that_depend_on_the_image(threshold_file):
         macs[rate] = costs["macs_executed"] / costs["macs_dense"]
     assert 0.75 < macs[0.9] < 0.97
     assert 0.25 < macs[0.4] < 0.6
+
+
+def test_small_batches_go_through_several_images():
+    """Images may differ in what they take."""
+    seen = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, x):
+            seen.append(float(x.flatten()[0]))
+            return x.flatten(1)[:, :3]
+
+    batches = [torch.full((2, 3, 8, 8), float(number)) for number in range(4)]
+    row = latency.compare(Watching(), Watching(), batches[0], Conditions(2, "float32", seconds=0.001), batches[1:])
+    assert row["batch"] == 2
+    assert set(seen) == {0.0, 1.0, 2.0, 3.0}
