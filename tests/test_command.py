@@ -167,6 +167,8 @@ def test_cost_as_json():
         "convention",
         "remarks",
         "estimates",
+        "numbers",
+        "authors",
     ]
     assert (dense["remarks"], dense["estimates"]) == ([], [])
     assert sum(dense["parts"]["executed"].values()) == 4598882304
@@ -194,7 +196,7 @@ def test_cost_as_a_table_fits_a_narrow_terminal():
 WRONG = {
     "unknown method": (
         ["--methods", "dense,dynamicvitt"],
-        "unknown method 'dynamicvitt'; allowed: dense, dynamicvit, magnitude, random, svite, vitcod; did you mean",
+        "unknown method 'dynamicvitt'; allowed: dense, dynamicvit, magnitude, random, sttabt, svite, vitcod; did you mean",
     ),
     "unknown setting": (
         ["--methods", "dynamicvit", "--set", "dynamicvit.keep=1"],

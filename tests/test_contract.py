@@ -296,7 +296,7 @@ def test_wrong_settings_are_value_errors_that_help(settings, words):
 
 def test_an_unknown_method_shows_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"allowed: dense, dynamicvit, magnitude, random, svite.*did you mean 'dynamicvit'"
+        ValueError, match=r"allowed: dense, dynamicvit, magnitude, random, sttabt, svite.*did you mean 'dynamicvit'"
     ):
         methods.create("dynamic_vit")
 
