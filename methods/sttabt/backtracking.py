@@ -38,11 +38,17 @@ def _start(rating: Tensor, outputs: int) -> Tensor:
     return (torch.arange(rating.shape[-1], device=rating.device) < outputs).float().expand(len(rating), -1)
 
 
+def _logit(p: Tensor) -> Tensor:
+    return (p + EPS).log() - (1 - p + EPS).log()
+
+
 def concrete_mask(score: Tensor, p_logit: Tensor) -> Tensor:
     """Scores r in (0, 1] to soft masks: sigmoid((logit p + logit r) / 0.1), p = sigmoid(p_logit). At least 0.5 where r >= 1 - p: no noise is drawn."""
-    p = p_logit.sigmoid()
-    logit = (p + EPS).log() - (1 - p + EPS).log() + (score + EPS).log() - (1 - score + EPS).log()
-    return (logit / TEMPERATURE).sigmoid()
+    return _masked(score, _logit(p_logit.sigmoid()))
+
+
+def _masked(score: Tensor, logit_p: Tensor) -> Tensor:
+    return ((logit_p + _logit(score)) / TEMPERATURE).sigmoid()
 
 
 def received(rating: Tensor, mask: Tensor, score: Tensor) -> Tensor:
@@ -62,9 +68,10 @@ def concrete_masks(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> 
     with torch.autocast(ratings[0].device.type, enabled=False):
         mask = score = _start(ratings[-1], outputs)
         soft, scores = [mask], []
-        for index in reversed(range(len(ratings))):
-            score = received(ratings[index], mask, score)
-            mask = torch.maximum(concrete_mask(score, p_logit[index].float()), mask)  # what a deeper block needs stays
+        logits = _logit(p_logit.float().sigmoid()).unbind()  # of all blocks at once: small operations are what this takes time for
+        for rating, logit_p in zip(reversed(ratings), reversed(logits), strict=True):
+            score = received(rating, mask, score)
+            mask = torch.maximum(_masked(score, logit_p), mask)  # what a deeper block needs stays
             soft.append(mask)
             scores.append(score)
     return Masks(torch.stack(soft[::-1]), torch.stack(scores[::-1]))

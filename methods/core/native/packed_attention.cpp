@@ -11,46 +11,46 @@ struct Sizes {
 };
 
 // Room of a thread for one head of the longest image.
-template <int TOGETHER> struct Room {
-    std::vector<Vector> turned, values, scores, valid;
+struct Room {
+    Vectors turned, values, scores;
     std::vector<float> queries;
 
     Room(int64_t longest, int64_t width, int parts)
-        : turned(width * vectors_of(longest)), values(longest * parts), scores(TOGETHER * vectors_of(longest)), valid(vectors_of(longest)),
-          queries(TOGETHER * width) {}
+        : turned(width * vectors_of(longest)), values(longest * parts), scores(TOGETHER * vectors_of(longest)), queries(TOGETHER * width) {}
 };
 
 // One head of one image: its m queries, and its n keys and values.
-template <int PARTS, int TOGETHER>
-void attend(const float *q, const float *k, const float *v, float *out, int64_t m, int64_t n, const Sizes &sizes, Room<TOGETHER> &room) {
+template <int PARTS>
+void attend(const float *q, const float *k, const float *v, float *out, int64_t m, int64_t n, const Sizes &sizes, Room &room) {
     const int64_t vectors = vectors_of(n), width = sizes.width, stride = sizes.heads * width;
     turn(k, sizes.key_stride, n, width, room.turned.data());
     side_by_side<PARTS>(v, sizes.key_stride, n, width, room.values.data());
-    mark(room.valid.data(), n);
+    const Vector padding = padding_of(n);
     for (int64_t first = 0; first < m; first += TOGETHER) {
         const int64_t count = std::min<int64_t>(TOGETHER, m - first);
-        take<TOGETHER>(q + first * sizes.query_stride, sizes.query_stride, count, width, sizes.scale, room.queries.data());
-        score<TOGETHER>(room.queries.data(), room.turned.data(), room.scores.data(), vectors, width);
+        take(q + first * sizes.query_stride, sizes.query_stride, count, width, sizes.scale, room.queries.data());
+        score(room.queries.data(), room.turned.data(), room.scores.data(), vectors, width);
         float over[TOGETHER];
-        for (int query = 0; query < TOGETHER; ++query)
-            over[query] = 1.0f / weighed(room.scores.data() + query * vectors, room.valid.data(), vectors);
-        put<PARTS, TOGETHER>(room.scores.data(), vectors, room.values.data(), n, over, count, width, stride, out + first * stride);
+        for (int query = 0; query < TOGETHER; ++query) {
+            Vector *row = room.scores.data() + query * vectors;
+            over[query] = 1.0f / weighed(row, vectors, extent_of(row, vectors, padding).largest);
+        }
+        put<PARTS>(room.scores.data(), vectors, room.values.data(), n, over, count, width, stride, out + first * stride);
     }
 }
 
 template <int PARTS>
 void attend_all(const float *q, const float *k, const float *v, float *out, const int32_t *q_starts, const int32_t *k_starts, const Sizes &sizes) {
-    constexpr int TOGETHER = together<PARTS>();
     int64_t longest = 0;
     for (int64_t image = 0; image < sizes.images; ++image) longest = std::max<int64_t>(longest, k_starts[image + 1] - k_starts[image]);
 #pragma omp parallel num_threads(sizes.threads)
     {
-        Room<TOGETHER> room(longest, sizes.width, PARTS);
+        Room room(longest, sizes.width, PARTS);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t image = 0; image < sizes.images; ++image)
             for (int64_t head = 0; head < sizes.heads; ++head) {
                 const int64_t first_query = q_starts[image], first_key = k_starts[image], place = head * sizes.width;
-                attend<PARTS, TOGETHER>(q + first_query * sizes.query_stride + place, k + first_key * sizes.key_stride + place,
+                attend<PARTS>(q + first_query * sizes.query_stride + place, k + first_key * sizes.key_stride + place,
                                         v + first_key * sizes.key_stride + place, out + first_query * sizes.heads * sizes.width + place,
                                         q_starts[image + 1] - first_query, k_starts[image + 1] - first_key, sizes, room);
             }

@@ -11,67 +11,60 @@ struct Sizes {
     int threads;
 };
 
-// The normal distribution function, by a quotient fitted to it where it is not yet 0 or 1 to 1e-8.
+// The normal distribution function, by a quotient fitted to it where it is not yet 0 or 1 to 1e-7 (off by 3e-7).
 inline Vector normal(Vector z) {
-    z = z > 5.6f ? Vector{} + 5.6f : z < -5.6f ? Vector{} - 5.6f : z;
+    z = z > 5.2f ? Vector{} + 5.2f : z < -5.2f ? Vector{} - 5.2f : z;
     const Vector s = z * z;
-    const Vector above = 0.398942222f + s * (0.0343752041f + s * (0.00470720079f + s * (0.000173841306f + s * (6.35644429e-06f + s * 2.21458433e-08f))));
-    const Vector below = 1.0f + s * (0.252831572f + s * (0.0289395627f + s * (0.00191292437f + s * (7.50988011e-05f + s * 1.18022125e-06f))));
+    const Vector above = 0.398941918f + s * (0.0495902377f + s * (0.00551849617f + s * (0.00031422625f + s * 5.83999355e-06f)));
+    const Vector below = 1.0f + s * (0.290965061f + s * (0.0373378872f + s * (0.00270353598f + s * (0.000112727012f + s * 5.01854116e-07f))));
     return 0.5f + z * above / below;
 }
 
-// Adds the row's rating to `rated`.
-void add_standardised(const Vector *row, const Vector *valid, Vector *rated, int64_t vectors, int64_t n, float share) {
-    Vector sums = {}, squares = {};
-    for (int64_t i = 0; i < vectors; ++i) sums += row[i];
-    const float mean = added_up(sums) / n;
-    for (int64_t i = 0; i < vectors; ++i) squares += (row[i] - mean) * (row[i] - mean) * valid[i];
-    const float over = 1.0f / (std::sqrt(added_up(squares) / n) + 1e-7f);
-    for (int64_t i = 0; i < vectors; ++i) rated[i] += share * normal((row[i] - mean) * over);
+// Adds `share` of the row's rating to `rated`. over: 1 / deviation.
+inline void add_standardised(const Vector *row, Vector *rated, int64_t vectors, float over, float share) {
+    for (int64_t i = 0; i < vectors; ++i) rated[i] += share * normal(row[i] * over);
 }
 
-// Room of a thread for the rows of so many queries.
-template <int TOGETHER> struct Rows {
-    std::vector<Vector> scores, rated, valid;
+// Room of a thread.
+struct Room {
+    Vectors scores, rated;  // of so many queries
     std::vector<float> queries;
+    Vector padding;
 
-    explicit Rows(const Sizes &sizes)
-        : scores(TOGETHER * vectors_of(sizes.tokens)), rated(scores.size()), valid(vectors_of(sizes.tokens)), queries(TOGETHER * sizes.width) {
-        mark(valid.data(), sizes.tokens);
-    }
+    explicit Room(const Sizes &sizes)
+        : scores(TOGETHER * vectors_of(sizes.tokens)), rated(TOGETHER * vectors_of(sizes.tokens)), queries(TOGETHER * sizes.width), padding(padding_of(sizes.tokens)) {}
 };
 
 // `count` queries from `first` on, of one image, at most TOGETHER. turned, values: of all heads of the image.
-template <int PARTS, int TOGETHER>
+template <int PARTS>
 void attend(const float *qkv, const Vector *turned, const Vector *values, float *out, float *rating, int64_t first, int64_t count, const Sizes &sizes,
-            Rows<TOGETHER> &rows) {
+            Room &room) {
     const int64_t n = sizes.tokens, vectors = vectors_of(n), width = sizes.width, channels = sizes.heads * width;
     const float share = 1.0f / sizes.heads;
-    const Vector *valid = rows.valid.data();
-    std::fill(rows.rated.begin(), rows.rated.end(), Vector{});
+    std::fill(room.rated.data(), room.rated.data() + TOGETHER * vectors, Vector{});
     for (int64_t head = 0; head < sizes.heads; ++head) {
-        take<TOGETHER>(qkv + first * 3 * channels + head * width, 3 * channels, count, width, sizes.scale, rows.queries.data());
-        score<TOGETHER>(rows.queries.data(), turned + head * width * vectors, rows.scores.data(), vectors, width);
+        take(qkv + first * 3 * channels + head * width, 3 * channels, count, width, sizes.scale, room.queries.data());
+        score(room.queries.data(), turned + head * width * vectors, room.scores.data(), vectors, width);
         float over[TOGETHER];
         for (int query = 0; query < TOGETHER; ++query) {
-            Vector *row = rows.scores.data() + query * vectors, *rated = rows.rated.data() + query * vectors;
-            if (sizes.standardised) add_standardised(row, valid, rated, vectors, n, share);
-            over[query] = 1.0f / weighed(row, valid, vectors);
+            Vector *row = room.scores.data() + query * vectors, *rated = room.rated.data() + query * vectors;
+            const Extent extent = extent_of(row, vectors, room.padding);
+            if (sizes.standardised) add_standardised(row, rated, vectors, 1.0f / (std::sqrt(extent.squares / n) + 1e-7f * PER_POWER), share);
+            over[query] = 1.0f / weighed(row, vectors, extent.largest);
             if (!sizes.standardised)
                 for (int64_t i = 0; i < vectors; ++i) rated[i] += share * over[query] * row[i];
         }
-        put<PARTS, TOGETHER>(rows.scores.data(), vectors, values + head * n * PARTS, n, over, count, width, channels, out + first * channels + head * width);
+        put<PARTS>(room.scores.data(), vectors, values + head * n * PARTS, n, over, count, width, channels, out + first * channels + head * width);
     }
-    for (int64_t query = 0; query < count; ++query) std::memcpy(rating + (first + query) * n, rows.rated.data() + query * vectors, n * sizeof(float));
+    for (int64_t query = 0; query < count; ++query) std::memcpy(rating + (first + query) * n, room.rated.data() + query * vectors, n * sizeof(float));
 }
 
 template <int PARTS> void attend_all(const float *qkv, float *out, float *rating, const Sizes &sizes) {
-    constexpr int TOGETHER = together<PARTS>();
     const int64_t n = sizes.tokens, vectors = vectors_of(n), channels = sizes.heads * sizes.width, chunks = (n + TOGETHER - 1) / TOGETHER;
-    std::vector<Vector> turned(sizes.images * channels * vectors), values(sizes.images * sizes.heads * n * PARTS);
+    const Vectors turned(sizes.images * channels * vectors), values(sizes.images * sizes.heads * n * PARTS);
 #pragma omp parallel num_threads(sizes.threads)
     {
-        Rows<TOGETHER> rows(sizes);
+        Room room(sizes);
 #pragma omp for collapse(2)
         for (int64_t image = 0; image < sizes.images; ++image)
             for (int64_t head = 0; head < sizes.heads; ++head) {
@@ -82,9 +75,9 @@ template <int PARTS> void attend_all(const float *qkv, float *out, float *rating
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t image = 0; image < sizes.images; ++image)
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                attend<PARTS, TOGETHER>(qkv + image * n * 3 * channels, turned.data() + image * channels * vectors,
+                attend<PARTS>(qkv + image * n * 3 * channels, turned.data() + image * channels * vectors,
                                         values.data() + image * sizes.heads * n * PARTS, out + image * n * channels, rating + image * n * n, chunk * TOGETHER,
-                                        std::min<int64_t>(TOGETHER, n - chunk * TOGETHER), sizes, rows);
+                                        std::min<int64_t>(TOGETHER, n - chunk * TOGETHER), sizes, room);
     }
 }
 
