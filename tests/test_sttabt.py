@@ -28,7 +28,7 @@ from methods.core.operators import packed_attention, scored_attention
 from methods.core.pooled import value_of
 from methods.sttabt import backtracking
 from methods.sttabt.approxnet import narrowed, rated
-from methods.sttabt.backtracking import concrete_mask, concrete_masks, occupancy, topk_sets
+from methods.sttabt.backtracking import concrete_mask, concrete_masks, concrete_sets, occupancy, topk_sets
 from methods.sttabt.counting import network_macs, update_macs
 from methods.sttabt.deployed import Plan
 from methods.sttabt.manual import manual_schedule
@@ -302,6 +302,28 @@ def test_each_set_holds_the_next_and_the_output(sizes, outputs, threshold):
     torch.testing.assert_close(impacts.sum(dim=2), torch.ones(blocks, count), atol=1e-4, rtol=0)
 
 
+@settings(max_examples=60, deadline=None)
+@given(ratings_of, st.sampled_from([1, 2]), st.lists(st.floats(-8, 8), min_size=5, max_size=5), st.booleans())
+def test_the_kernel_walks_as_torch_does(sizes, outputs, thresholds, spoilt):
+    tokens, blocks, count, seed = sizes
+    outputs = min(outputs, tokens)
+    found = ratings(tokens, blocks, count, seed, outputs)
+    if spoilt:
+        found[seed % blocks][0, 0, seed % tokens] = torch.nan
+    logits = torch.tensor(thresholds[:blocks])
+    native.walk_back()  # there is one here
+    kept, masks = concrete_sets(found, logits, outputs), concrete_masks(found, logits, outputs)
+    may_differ = (masks.soft - 0.5).abs() < 1e-4
+    assert bool(((kept == masks.kept) | may_differ).all())
+
+
+def test_a_walk_through_ratings_that_do_not_fit_is_refused():
+    found = ratings(5, 3, 2, 0, outputs=1)
+    for wrong, logits, outputs in ((found[:2], torch.zeros(2), 1), (found, torch.zeros(2), 1), (found, torch.zeros(3), 2)):  # fmt: skip
+        with pytest.raises(ValueError, match="do not fit"):
+            concrete_sets(wrong, logits, outputs)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.floats(0.01, 1), st.floats(-6, 6))
 def test_a_mask_is_hard_where_its_score_says(score, threshold):
@@ -398,6 +420,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch):
 
     monkeypatch.setattr(native, "packed_attention", none)
     monkeypatch.setattr(native, "scored_attention", none)
+    monkeypatch.setattr(native, "walk_back", none)
     with torch.no_grad():
         for block in deployed.approx.blocks:
             block.attn.use_kernel("plain", torch.device("cpu"))

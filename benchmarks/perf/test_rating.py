@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from methods.core.operators import scored_attention
 from methods.sttabt.approxnet import rated
-from methods.sttabt.backtracking import concrete_masks
+from methods.sttabt.backtracking import concrete_masks, concrete_sets
 
 from . import BATCHES, HEADS, PATCHES
 
@@ -51,11 +51,13 @@ def test_rated_attention(timed, device, batch, way):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["ours", "plain"])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_walk_back(timed, device, batch):
+def test_walk_back(timed, device, batch, way):
+    if device.type != "cpu" and way == "ours":
+        pytest.skip("for the CPU")
     ratings = [torch.rand(batch, TOKENS, TOKENS, device=device) for _ in range(11)]
     ratings.append(torch.rand(batch, 1, TOKENS, device=device))
-    masks = timed(
-        f"walk back through 12 blocks, batch {batch}", concrete_masks, ratings, torch.zeros(12, device=device), 1
-    )
-    assert masks.kept.shape == (13, batch, TOKENS)
+    walk = concrete_sets if way == "ours" else concrete_masks
+    found = timed(f"walk back through 12 blocks, batch {batch}", walk, ratings, torch.zeros(12, device=device), 1)
+    assert (found if way == "ours" else found.kept).shape == (13, batch, TOKENS)

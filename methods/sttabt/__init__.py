@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import methods
 from methods.core.vit import replace_attention, require_plain_vit, specialise
 from methods.sttabt.approxnet import narrowed, transfer_maps
-from methods.sttabt.backtracking import concrete_masks, occupancy
+from methods.sttabt.backtracking import concrete_sets, occupancy
 from methods.sttabt.checkpoint import converted
 from methods.sttabt.counting import authors_macs
 from methods.sttabt.deployed import PackedAttention, PackedViT
@@ -165,7 +165,7 @@ class STTABT(methods.Method):
         ratings, (low, high) = sparse.ratings(images), (-15.0, 15.0)
         for _ in range(12):  # more would end at the very score of some token, where rounding decides
             sparse.p_logit.fill_((low + high) / 2)
-            kept = concrete_masks(ratings, sparse.p_logit, sparse.outputs).kept[:-1].double().mean()
+            kept = concrete_sets(ratings, sparse.p_logit, sparse.outputs)[:-1].double().mean()
             low, high = (low, (low + high) / 2) if kept > keep_rate else ((low + high) / 2, high)
 
     @torch.no_grad()

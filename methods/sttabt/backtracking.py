@@ -6,12 +6,16 @@ block i reads (its keys and values), entry i + 1 what it writes (its queries, pr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from methods.core import native
+from methods.core.operators import counted
 
 EPS = 1e-7
 TEMPERATURE = 0.1  # of the concrete masks
@@ -68,13 +72,53 @@ def concrete_masks(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> 
     with torch.autocast(ratings[0].device.type, enabled=False):
         mask = score = _start(ratings[-1], outputs)
         soft, scores = [mask], []
-        logits = _logit(p_logit.float().sigmoid()).unbind()  # of all blocks at once: small operations are what this takes time for
+        logits = _logit(
+            p_logit.float().sigmoid()
+        ).unbind()  # of all blocks at once: small operations are what this takes time for
         for rating, logit_p in zip(reversed(ratings), reversed(logits), strict=True):
             score = received(rating, mask, score)
             mask = torch.maximum(_masked(score, logit_p), mask)  # what a deeper block needs stays
             soft.append(mask)
             scores.append(score)
     return Masks(torch.stack(soft[::-1]), torch.stack(scores[::-1]))
+
+
+def concrete_sets(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> Tensor:
+    """What `concrete_masks` keeps, bool [L + 1, B, N], and no gradients: on the CPU by a kernel, where there is a C++ compiler."""
+    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (*ratings, p_logit)):
+        return _walked_back(list(ratings), p_logit, outputs)
+    return concrete_masks(ratings, p_logit, outputs).kept
+
+
+def _walk_macs(ratings: list[tuple[int, ...]], p_logit: object, outputs: int) -> float:
+    return float(sum(images * queries * tokens for images, queries, tokens in ratings))
+
+
+@counted(_walk_macs)
+@torch.library.custom_op("sparse_vit_bench::walk_back", mutates_args=())
+def _walked_back(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor:
+    images, _, tokens = ratings[-1].shape
+    shapes = [(images, tokens, tokens)] * (len(ratings) - 1) + [(images, outputs, tokens)]
+    if [tuple(rating.shape) for rating in ratings] != shapes or len(p_logit) != len(ratings):
+        sizes = ", ".join(str(list(rating.shape)) for rating in ratings)
+        raise ValueError(f"ratings of {sizes}, {len(p_logit)} thresholds and {outputs} outputs do not fit together")
+    with contextlib.suppress(native.NoKernel):
+        kernel = native.walk_back()
+        ratings = [rating.contiguous() for rating in ratings]
+        places = torch.tensor([rating.data_ptr() for rating in ratings])
+        odds = (-_logit(p_logit.sigmoid())).exp().contiguous()  # against p
+        constants = torch.tensor([EPS, PROPAGATED, FLOOR, THRESHOLD])
+        kept = torch.empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
+        pointers = (tensor.data_ptr() for tensor in (places, odds, constants, kept))
+        kernel(*pointers, len(ratings), images, tokens, outputs, torch.get_num_threads())
+        return kept
+    return concrete_masks(ratings, p_logit, outputs).kept
+
+
+@_walked_back.register_fake
+def _(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor:
+    images, _, tokens = ratings[-1].shape
+    return torch.empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
 
 
 def token_count(keep: float, tokens: int) -> int:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from methods.core.vit import embed
 from methods.sttabt.approxnet import rated
-from methods.sttabt.backtracking import Masks, concrete_masks, topk_sets
+from methods.sttabt.backtracking import Masks, concrete_masks, concrete_sets, topk_sets
 from methods.sttabt.observed import ObservedAttention, steps
 
 SMALLEST = 1e-30  # of a mask whose logarithm is taken
@@ -69,7 +69,7 @@ class BackTrackedViT(VisionTransformer):
         ratings = self.ratings(images)
         if self.keep is not None:
             return topk_sets(ratings, self.keep, self.outputs)[0]
-        return concrete_masks(ratings, self.p_logit, self.outputs).kept
+        return concrete_sets(ratings, self.p_logit, self.outputs)
 
     def masks(self, images: Tensor) -> Masks:
         """The concrete masks, with gradients into the approximation network."""

@@ -32,6 +32,7 @@ ARGUMENTS = {
     "listed_attention": (4, 4, (ctypes.c_float, ctypes.c_int)),
     "scored_attention": (3, 4, (ctypes.c_float, ctypes.c_int, ctypes.c_int)),
     "packed_attention": (6, 5, (ctypes.c_float, ctypes.c_int)),
+    "walk_back": (4, 4, (ctypes.c_int,)),
 }
 
 
@@ -48,6 +49,11 @@ def scored_attention() -> ctypes._CFuncPtr:
 def packed_attention() -> ctypes._CFuncPtr:
     """`packed_attention` of packed_attention.cpp. NoKernel where it cannot be compiled."""
     return _kernel("packed_attention")
+
+
+def walk_back() -> ctypes._CFuncPtr:
+    """`walk_back` of walk_back.cpp. NoKernel where it cannot be compiled."""
+    return _kernel("walk_back")
 
 
 def _kernel(name: str) -> ctypes._CFuncPtr:
