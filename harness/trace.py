@@ -169,7 +169,7 @@ def _handlers(also: frozenset[str]) -> dict[str, Callable | None]:
 
 
 def _own(macs: Callable[..., float]) -> Callable:
-    """The rule of an operator of `methods.core.operators`: it gets shapes for tensors and values for the rest."""
+    """The rule of an operator that `methods.core.operators.counted` knows: it gets shapes for tensors and values for the rest."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter:
         return Counter({"own": macs(*map(_plain, inputs))})

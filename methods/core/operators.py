@@ -89,7 +89,12 @@ def _packed_natively(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts
     out = q.new_empty(q.shape)
     pointers = (tensor.data_ptr() for tensor in (q, k, v, out, q_starts, k_starts))
     sizes = len(q_starts) - 1, q.shape[1], width, q.stride(0), k.stride(0)
-    if kernel(*pointers, *sizes, width**-0.5, torch.get_num_threads()):
+    answer = kernel(*pointers, *sizes, width**-0.5, torch.get_num_threads())
+    if answer == 2:
+        raise ValueError(
+            f"starts {q_starts.tolist()} and {k_starts.tolist()} must begin at 0 and not fall, and queries need keys"
+        )
+    if answer:
         raise native.NoKernel(f"heads of {width} numbers are too wide for it")
     return out
 
@@ -147,7 +152,7 @@ def scored_attention(qkv: Tensor, heads: int, standardised: bool) -> tuple[Tenso
     """Attention that also says how much each query wants each key, and writes no map of a head to memory: float32, on the CPU.
 
     qkv [B, N, 3 H d], as the projection makes it. Returns [B, N, H d], and [B, N, N]: the mean over heads of the attention or, standardised, of the scores
-    before the softmax, each row's mean taken off and divided by its deviation, through the normal distribution function (to 1e-7). NoKernel
+    before the softmax, each row's mean taken off and divided by its deviation, through the normal distribution function (to 3e-7). NoKernel
     without a C++ compiler.
     """
     images, tokens, channels = qkv.shape

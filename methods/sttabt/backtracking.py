@@ -99,16 +99,21 @@ def _walk_macs(ratings: list[tuple[int, ...]], p_logit: object, outputs: int) ->
 def _walked_back(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor:
     images, _, tokens = ratings[-1].shape
     shapes = [(images, tokens, tokens)] * (len(ratings) - 1) + [(images, outputs, tokens)]
-    if [tuple(rating.shape) for rating in ratings] != shapes or len(p_logit) != len(ratings):
-        sizes = ", ".join(str(list(rating.shape)) for rating in ratings)
-        raise ValueError(f"ratings of {sizes}, {len(p_logit)} thresholds and {outputs} outputs do not fit together")
+    sizes = [tuple(rating.shape) for rating in ratings]
+    if sizes != shapes or len(p_logit) != len(ratings) or outputs > tokens:
+        raise ValueError(f"ratings {sizes}, {len(p_logit)} thresholds and {outputs} outputs do not fit together")
+    for tensor in (*ratings, p_logit):
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"ratings and thresholds must be torch.float32 on the CPU, not {tensor.dtype} on {tensor.device}"
+            )
     with contextlib.suppress(native.NoKernel):
-        kernel = native.walk_back()
+        kernel, like = native.walk_back(), ratings[-1]
         ratings = [rating.contiguous() for rating in ratings]
-        places = torch.tensor([rating.data_ptr() for rating in ratings])
+        places = like.new_tensor([rating.data_ptr() for rating in ratings], dtype=torch.int64)
         odds = (-_logit(p_logit.sigmoid())).exp().contiguous()  # against p
-        constants = torch.tensor([EPS, PROPAGATED, FLOOR, THRESHOLD])
-        kept = torch.empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
+        constants = like.new_tensor([EPS, PROPAGATED, FLOOR, THRESHOLD])
+        kept = like.new_empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
         pointers = (tensor.data_ptr() for tensor in (places, odds, constants, kept))
         kernel(*pointers, len(ratings), images, tokens, outputs, torch.get_num_threads())
         return kept
@@ -118,7 +123,7 @@ def _walked_back(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor
 @_walked_back.register_fake
 def _(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor:
     images, _, tokens = ratings[-1].shape
-    return torch.empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
+    return ratings[-1].new_empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
 
 
 def token_count(keep: float, tokens: int) -> int:

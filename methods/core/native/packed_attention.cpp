@@ -33,7 +33,8 @@ void attend(const float *q, const float *k, const float *v, float *out, int64_t 
         float over[TOGETHER];
         for (int query = 0; query < TOGETHER; ++query) {
             Vector *row = room.scores.data() + query * vectors;
-            over[query] = 1.0f / weighed(row, vectors, extent_of(row, vectors, padding).largest);
+            row[vectors - 1] -= padding;
+            over[query] = 1.0f / weighed(row, vectors, largest_in(row, vectors));
         }
         put<PARTS>(room.scores.data(), vectors, room.values.data(), n, over, count, width, stride, out + first * stride);
     }
@@ -59,10 +60,21 @@ void attend_all(const float *q, const float *k, const float *v, float *out, cons
 
 }  // namespace
 
-// q, out [all queries, heads, width]; k, v [all keys, heads, width], tokens at strides of their own; starts [images + 1]: where each image's begin. Returns 0, or 1
-// where `width` is more than 128.
+// Whether the images' parts begin at 0 and follow each other, and no queries are without keys.
+bool fit(const int32_t *q_starts, const int32_t *k_starts, int64_t images) {
+    bool found = q_starts[0] == 0 && k_starts[0] == 0;
+    for (int64_t image = 0; image < images; ++image) {
+        const int32_t queries = q_starts[image + 1] - q_starts[image], keys = k_starts[image + 1] - k_starts[image];
+        found = found && queries >= 0 && keys >= 0 && (keys > 0 || queries == 0);
+    }
+    return found;
+}
+
+// q, out [all queries, heads, width]; k, v [all keys, heads, width], tokens at strides of their own; starts [images + 1]: where each image's begin. Returns 0, 1
+// where `width` is more than 128, or 2 where the starts do not fit.
 extern "C" int packed_attention(const float *q, const float *k, const float *v, float *out, const int32_t *q_starts, const int32_t *k_starts, int64_t images,
                                 int64_t heads, int64_t width, int64_t query_stride, int64_t key_stride, float scale, int threads) {
+    if (!fit(q_starts, k_starts, images)) return 2;
     const Sizes sizes{images, heads, width, query_stride, key_stride, scale, threads};
     switch ((width + LANES - 1) / LANES) {
         case 1: attend_all<1>(q, k, v, out, q_starts, k_starts, sizes); return 0;

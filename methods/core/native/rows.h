@@ -1,10 +1,7 @@
 // What attention over rows of scores is made of: float32, on the CPU.
 //
 // A head's keys are turned, so that scores of neighbouring keys lie side by side. A few queries are worked on together: what is loaded serves all of them,
-// and their sums do not wait for each other. Their rows of scores stay in the nearest cache.
-//
-// Keys are taken less their mean. No softmax changes, a query's scores have the mean 0, and the padding, whose scores are 0, is never above the largest. Scores
-// are in units of ln 2, so that weights are powers of two.
+// and their sums do not wait for each other. Their rows of scores stay in the nearest cache. Scores are in units of ln 2, so that weights are powers of two.
 
 #pragma once
 
@@ -58,7 +55,7 @@ inline float added_up(const Vector &numbers) {
     return joined(numbers, [](auto a, auto b) { return a + b; });
 }
 
-inline float largest_of(const Vector &numbers) {
+inline float largest_number(const Vector &numbers) {
     return joined(numbers, [](auto a, auto b) { return a > b ? a : b; });
 }
 
@@ -79,31 +76,21 @@ inline void store(const Vector &numbers, float *to, int64_t count) {
         std::memcpy(to, &numbers, count * sizeof(float));
 }
 
-// Keys [tokens, width] of a head, `stride` apart, less their mean, to [width, vectors], the padding zeros. A square at a time: a whole column of keys would not
-// stay in the nearest cache.
+// Keys [tokens, width] of a head, `stride` apart, to [width, vectors], the padding zeros. A square at a time: a whole column of keys would not stay in the
+// nearest cache.
 inline void turn(const float *keys, int64_t stride, int64_t tokens, int64_t width, Vector *turned) {
     const int64_t vectors = vectors_of(tokens);
     for (int64_t strip = 0; strip < width; strip += LANES) {
         const int64_t channels = std::min(LANES, width - strip);
-        Vector sums = {};
         for (int64_t i = 0; i < vectors; ++i) {
             Vector square[LANES] = {};
             const float *numbers = reinterpret_cast<const float *>(square);
-            for (int64_t row = 0; row < std::min(LANES, tokens - i * LANES); ++row) {
-                square[row] = load(keys + (i * LANES + row) * stride + strip, width - strip);
-                sums += square[row];
-            }
+            for (int64_t row = 0; row < std::min(LANES, tokens - i * LANES); ++row) square[row] = load(keys + (i * LANES + row) * stride + strip, width - strip);
             for (int64_t channel = 0; channel < channels; ++channel) {
                 Vector one;
                 for (int64_t row = 0; row < LANES; ++row) one[row] = numbers[row * LANES + channel];
                 turned[(strip + channel) * vectors + i] = one;
             }
-        }
-        const Vector mean = sums / float(tokens);
-        for (int64_t channel = 0; channel < channels; ++channel) {
-            Vector *row = turned + (strip + channel) * vectors;
-            for (int64_t i = 0; i < vectors; ++i) row[i] -= mean[channel];
-            std::fill(reinterpret_cast<float *>(row) + tokens, reinterpret_cast<float *>(row + vectors), 0.0f);
         }
     }
 }
@@ -123,26 +110,18 @@ inline Vector power_of_two(Vector x) {
     return part * (Vector)((whole + 127) << 23);
 }
 
-struct Extent {
-    float largest, squares;  // squares: summed up
-};
-
-// Of a row of scores, whose padding then gets scores that weigh nothing.
-inline Extent extent_of(Vector *row, int64_t vectors, const Vector &padding) {
-    Vector most = {}, squares = {};
-    for (int64_t i = 0; i < vectors; ++i) {
-        most = row[i] > most ? row[i] : most;
-        squares += row[i] * row[i];
-    }
-    row[vectors - 1] -= padding;
-    return {largest_of(most), added_up(squares)};
-}
-
-// For `extent_of`: 0 for the numbers of a row's last vector, very much for its padding.
+// 0 for the numbers of a row's last vector, and very much for its padding: taken off the scores, it lets the padding weigh nothing.
 inline Vector padding_of(int64_t tokens) {
     Vector padding = {};
     for (int64_t i = tokens - (vectors_of(tokens) - 1) * LANES; i < LANES; ++i) padding[i] = 1e30f;
     return padding;
+}
+
+// The largest of a row of scores, which `padding_of` was taken off.
+inline float largest_in(const Vector *row, int64_t vectors) {
+    Vector most = row[0];
+    for (int64_t i = 1; i < vectors; ++i) most = row[i] > most ? row[i] : most;
+    return largest_number(most);
 }
 
 // Scores to weights that are not yet divided by their sum, which is returned.

@@ -1,4 +1,6 @@
 // Attention that also rates keys for each query, the mean over heads: by the attention itself, or by standardised scores. float32, on the CPU.
+//
+// Keys are taken less their mean: the softmax is the same, the scores of a query have the mean 0, and the padding, whose scores are 0, is never above the largest.
 
 #include "rows.h"
 
@@ -10,6 +12,32 @@ struct Sizes {
     bool standardised;
     int threads;
 };
+
+// Takes the mean of turned keys [width, vectors] off.
+void centre(Vector *turned, int64_t tokens, int64_t width) {
+    const int64_t vectors = vectors_of(tokens);
+    for (int64_t channel = 0; channel < width; ++channel) {
+        Vector *row = turned + channel * vectors, sums = {};
+        for (int64_t i = 0; i < vectors; ++i) sums += row[i];
+        const float mean = added_up(sums) / tokens;
+        for (int64_t i = 0; i < vectors; ++i) row[i] -= mean;
+        std::fill(reinterpret_cast<float *>(row) + tokens, reinterpret_cast<float *>(row + vectors), 0.0f);
+    }
+}
+
+struct Extent {
+    float largest, squares;  // squares: summed up
+};
+
+// Of a row of scores whose mean and padding are 0.
+inline Extent extent_of(const Vector *row, int64_t vectors) {
+    Vector most = {}, squares = {};
+    for (int64_t i = 0; i < vectors; ++i) {
+        most = row[i] > most ? row[i] : most;
+        squares += row[i] * row[i];
+    }
+    return {largest_number(most), added_up(squares)};
+}
 
 // The normal distribution function, by a quotient fitted to it where it is not yet 0 or 1 to 1e-7 (off by 3e-7).
 inline Vector normal(Vector z) {
@@ -48,8 +76,9 @@ void attend(const float *qkv, const Vector *turned, const Vector *values, float 
         float over[TOGETHER];
         for (int query = 0; query < TOGETHER; ++query) {
             Vector *row = room.scores.data() + query * vectors, *rated = room.rated.data() + query * vectors;
-            const Extent extent = extent_of(row, vectors, room.padding);
+            const Extent extent = extent_of(row, vectors);
             if (sizes.standardised) add_standardised(row, rated, vectors, 1.0f / (std::sqrt(extent.squares / n) + 1e-7f * PER_POWER), share);
+            row[vectors - 1] -= room.padding;
             over[query] = 1.0f / weighed(row, vectors, extent.largest);
             if (!sizes.standardised)
                 for (int64_t i = 0; i < vectors; ++i) rated[i] += share * over[query] * row[i];
@@ -69,7 +98,9 @@ template <int PARTS> void attend_all(const float *qkv, float *out, float *rating
         for (int64_t image = 0; image < sizes.images; ++image)
             for (int64_t head = 0; head < sizes.heads; ++head) {
                 const float *keys = qkv + image * n * 3 * channels + channels + head * sizes.width;
-                turn(keys, 3 * channels, n, sizes.width, turned.data() + (image * channels + head * sizes.width) * vectors);
+                Vector *own = turned.data() + (image * channels + head * sizes.width) * vectors;
+                turn(keys, 3 * channels, n, sizes.width, own);
+                centre(own, n, sizes.width);
                 side_by_side<PARTS>(keys + channels, 3 * channels, n, sizes.width, values.data() + (image * sizes.heads + head) * n * PARTS);
             }
 #pragma omp for collapse(2) schedule(dynamic)
