@@ -319,7 +319,12 @@ def test_the_kernel_walks_as_torch_does(sizes, outputs, thresholds, spoilt):
 
 def test_a_walk_through_ratings_that_do_not_fit_is_refused():
     found = ratings(5, 3, 2, 0, outputs=1)
-    for wrong, logits, outputs in ((found[:2], torch.zeros(2), 1), (found, torch.zeros(2), 1), (found, torch.zeros(3), 2)):  # fmt: skip
+    for wrong, logits, outputs in (
+        (found[:2], torch.zeros(2), 1),
+        (found, torch.zeros(2), 1),
+        (found, torch.zeros(3), 2),
+        ([torch.rand(1, 2, 1)], torch.zeros(1), 2),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             concrete_sets(wrong, logits, outputs)
 
