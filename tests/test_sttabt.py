@@ -445,7 +445,7 @@ def test_without_a_compiler_torch_does_it(monkeypatch):
 def test_a_plan_names_the_rows_that_go_on(drops, blocks):
     first = np.array([10 - drop for drop in drops])
     counts = np.stack([np.maximum(first - step, 1) for step in range(blocks + 1)])
-    plan = Plan.of(counts, 10, torch.device("cpu"))
+    plan = Plan(counts, 10, torch.device("cpu"))
     rows = torch.arange(len(drops) * 10)[plan.entering]
     for index in range(blocks):
         rows = rows[plan.written[index]]

@@ -38,12 +38,12 @@ class PackedAttention(MaskedAttention):
         return self.q_norm(q), self.k_norm(k), v
 
     def forward(
-        self, x: Tensor, written: Tensor, starts: tuple[Tensor, Tensor], lengths: tuple[list[int], list[int]]
+        self, x: Tensor, written: Tensor | slice, starts: tuple[Tensor, Tensor], lengths: tuple[list[int], list[int]]
     ) -> Tensor:
-        """x: tokens that are read, of all images [n, C]; written: the rows among them that are written [m]; starts, lengths: of each image's queries, and
-        of its keys, see `packed_attention`. Returns [m, C]."""
+        """x: tokens that are read, of all images [n, C]; written: the rows among them that are written, m of them; starts, lengths: of each image's
+        queries, and of its keys, see `packed_attention`. Returns [m, C]."""
         shape = (self.num_heads, self.head_dim)
-        q = self.q_norm(self.q(x.index_select(0, written)).unflatten(-1, shape))
+        q = self.q_norm(self.q(rows_of(x, written)).unflatten(-1, shape))
         k, v = self.kv(x).unflatten(-1, (2, *shape)).unbind(1)
         out = packed_attention(q, self.k_norm(k), v, starts[0], starts[1], lengths[0], lengths[1])
         return self.proj(self.norm(out.flatten(1)))
@@ -59,7 +59,7 @@ class PackedViT(BackTrackedViT):
         depth = kept.sum(dim=0)  # in how many sets a token is
         order = depth.argsort(dim=1, descending=True, stable=True)
         counts = kept.sum(dim=2).cpu()  # the only wait
-        plan = Plan.of(counts.numpy(), int(kept.shape[2]), tokens.device)
+        plan = Plan(counts.numpy(), int(kept.shape[2]), tokens.device)
         x = tokens.flatten(0, 1).index_select(0, (order + plan.firsts).flatten().index_select(0, plan.entering))
         for index, block in enumerate(self.blocks):
             x = packed_block(block, x, plan, index)
@@ -75,38 +75,36 @@ def packed_block(block: nn.Module, x: Tensor, plan: Plan, index: int) -> Tensor:
         (plan.starts[index + 1], plan.starts[index]),
         (plan.lengths[index + 1], plan.lengths[index]),
     )
-    x = x.index_select(0, written) + block.ls1(y)
+    x = rows_of(x, written) + block.ls1(y)
     return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def rows_of(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows of x [n, C]; by a slice nothing is copied."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
 class Plan:
     """Where the tokens of a batch lie, for all blocks: made on the host, and sent to the device as one tensor.
 
     firsts [B, 1]: the number of each image's first token among all N B. entering: the rows of block 0 among these, each image's sorted. written[i]: rows of
-    block i's tokens that the next one reads. starts[i] int32 [B + 1], lengths[i]: of the images' parts in block i; the last are the output's.
+    block i's tokens that the next one reads; a slice where they are the first ones, as those of a single image are. starts[i] int32 [B + 1], lengths[i]: of
+    the images' parts in block i; the last are the output's.
     """
 
-    def __init__(self, parts: list[np.ndarray], lengths: list[list[int]], device: torch.device) -> None:
-        sizes = [part.size for part in parts]
-        together = torch.from_numpy(np.concatenate(parts))
-        sent = together.to(device, non_blocking=True).split(sizes)
-        blocks = len(lengths) - 1
-        self.firsts, self.entering = sent[0].unsqueeze(1), sent[1]
-        self.written = sent[2 : 2 + blocks]
-        self.starts = [part.int() for part in sent[2 + blocks :]]
-        self.lengths = lengths
-
-    @classmethod
-    def of(cls, counts: np.ndarray, tokens: int, device: torch.device) -> Plan:
+    def __init__(self, counts: np.ndarray, tokens: int, device: torch.device) -> None:
         """counts int64 [L + 1, B], not growing; tokens: N, of an image."""
-        images = counts.shape[1]
-        firsts = np.arange(images) * tokens
+        places, firsts = np.arange(tokens), np.arange(counts.shape[1]) * tokens
         starts = np.concatenate([np.zeros((len(counts), 1), dtype=np.int64), counts.cumsum(axis=1)], axis=1)
-        written = [_rows(starts[i, :-1], counts[i + 1]) for i in range(len(counts) - 1)]
-        return cls([firsts, _rows(firsts, counts[0]), *written, *starts], counts.tolist(), device)
-
-
-def _rows(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """counts[b] numbers from firsts[b] on, for all images one after the other."""
-    ends = counts.cumsum()
-    return np.arange(ends[-1]) + np.repeat(firsts - (ends - counts), counts)
+        entering = (firsts[:, None] + places)[places < counts[0, :, None]]
+        written = (starts[:-1, :-1, None] + places)[places < counts[1:, :, None]]
+        parts = (firsts, entering, *starts, written)
+        together = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        own, self.entering, *starts_there, rows = together.split([part.size for part in parts])
+        self.firsts, self.starts = own.unsqueeze(1), [part.int() for part in starts_there]
+        self.lengths: list[list[int]] = counts.tolist()
+        are_first = (counts[1:, :-1] == counts[:-1, :-1]).all(axis=1)  # only the last image loses tokens
+        sizes = counts[1:].sum(axis=1).tolist()
+        self.written: list[Tensor | slice] = [
+            slice(sizes[index]) if are_first[index] else part for index, part in enumerate(rows.split(sizes))
+        ]
