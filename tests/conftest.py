@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,22 @@ def bench(*arguments: object, cwd: Path = ROOT, **environment: str) -> subproces
         text=True,
         timeout=300,
     )
+
+
+@pytest.fixture
+def here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """The command within this process, for what ends before it does much: importing torch would take most of the time."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = ["bench.py", *map(str, arguments)]
+        monkeypatch.syspath_prepend(ROOT)
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module("bench").main()
+        return subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 STAGES = '''

@@ -229,12 +229,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_use_is_told_in_a_line_and_exits_with_2(arguments, message, tmp_path):
+def test_wrong_use_is_told_in_a_line_and_exits_with_2(arguments, message, tmp_path, here):
     has_own = "--results" in arguments or arguments[0] in ("cost", "check") or arguments[-1] == "list"
     extra = [] if has_own else ["--results", tmp_path]
-    done = bench(*arguments, *extra)
+    done = here(*arguments, *extra)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_wrong_use_ends_the_process_with_2(tmp_path):
+    done = bench("--methods", "dynamicvit", "--set", "dynamicvit.keep=1", "--results", tmp_path)
+    assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 

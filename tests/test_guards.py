@@ -369,8 +369,12 @@ def test_a_signal_is_not_lost_where_the_phase_ends_with_an_error():
             os.kill(os.getpid(), signal.SIGINT)
             raise ValueError("something else")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(Spoiled(vit(), wrong))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(Spoiled(vit(), wrong))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_micro_batches_asked_for_when_going_on_are_made(tmp_path):

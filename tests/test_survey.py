@@ -154,8 +154,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_use_is_told_in_a_line_and_exits_with_2(arguments, message, tmp_path):
-    done = bench("latency", *arguments, "--results", tmp_path)
+def test_wrong_use_is_told_in_a_line_and_exits_with_2(arguments, message, tmp_path, here):
+    done = here("latency", *arguments, "--results", tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
