@@ -42,17 +42,14 @@ def _start(rating: Tensor, outputs: int) -> Tensor:
     return (torch.arange(rating.shape[-1], device=rating.device) < outputs).float().expand(len(rating), -1)
 
 
-def _logit(p: Tensor) -> Tensor:
+def logit(p: Tensor) -> Tensor:
+    """Of numbers in [0, 1], and finite there."""
     return (p + EPS).log() - (1 - p + EPS).log()
 
 
-def concrete_mask(score: Tensor, p_logit: Tensor) -> Tensor:
+def concrete_mask(score: Tensor, logit_p: Tensor) -> Tensor:
     """Scores r in (0, 1] to soft masks: sigmoid((logit p + logit r) / 0.1), p = sigmoid(p_logit). At least 0.5 where r >= 1 - p: no noise is drawn."""
-    return _masked(score, _logit(p_logit.sigmoid()))
-
-
-def _masked(score: Tensor, logit_p: Tensor) -> Tensor:
-    return ((logit_p + _logit(score)) / TEMPERATURE).sigmoid()
+    return ((logit_p + logit(score)) / TEMPERATURE).sigmoid()
 
 
 def received(rating: Tensor, mask: Tensor, score: Tensor) -> Tensor:
@@ -72,12 +69,10 @@ def concrete_masks(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> 
     with torch.autocast(ratings[0].device.type, enabled=False):
         mask = score = _start(ratings[-1], outputs)
         soft, scores = [mask], []
-        logits = _logit(
-            p_logit.float().sigmoid()
-        ).unbind()  # of all blocks at once: small operations are what this takes time for
+        logits = logit(p_logit.float().sigmoid()).unbind()  # at once: small operations take the time here
         for rating, logit_p in zip(reversed(ratings), reversed(logits), strict=True):
             score = received(rating, mask, score)
-            mask = torch.maximum(_masked(score, logit_p), mask)  # what a deeper block needs stays
+            mask = torch.maximum(concrete_mask(score, logit_p), mask)  # what a deeper block needs stays
             soft.append(mask)
             scores.append(score)
     return Masks(torch.stack(soft[::-1]), torch.stack(scores[::-1]))
@@ -111,7 +106,7 @@ def _walked_back(ratings: list[Tensor], p_logit: Tensor, outputs: int) -> Tensor
         kernel, like = native.walk_back(), ratings[-1]
         ratings = [rating.contiguous() for rating in ratings]
         places = like.new_tensor([rating.data_ptr() for rating in ratings], dtype=torch.int64)
-        odds = (-_logit(p_logit.sigmoid())).exp().contiguous()  # against p
+        odds = (-logit(p_logit.sigmoid())).exp().contiguous()  # against p
         constants = like.new_tensor([EPS, PROPAGATED, FLOOR, THRESHOLD])
         kept = like.new_empty(len(ratings) + 1, images, tokens, dtype=torch.bool)
         pointers = (tensor.data_ptr() for tensor in (places, odds, constants, kept))

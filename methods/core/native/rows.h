@@ -19,7 +19,7 @@ constexpr int64_t LANES = 16;
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Whole __attribute__((vector_size(64), aligned(4)));
 
-// So many vectors, where a line of the cache begins, and whatever was there before: a vector across two lines is loaded twice.
+// So many vectors, each in a line of the cache of its own. They hold whatever was there before: setting them to zero would take time.
 class Vectors {
     struct Free {
         void operator()(Vector *memory) const { operator delete[](memory, std::align_val_t(sizeof(Vector))); }
@@ -31,7 +31,7 @@ public:
     Vector *data() const { return memory.get(); }
 };
 
-constexpr int TOGETHER = 8;            // queries
+constexpr int TOGETHER = 8;  // queries
 constexpr float PER_POWER = 1.44269504f;  // 1 / ln 2
 
 inline int64_t vectors_of(int64_t numbers) { return (numbers + LANES - 1) / LANES; }
