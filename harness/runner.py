@@ -17,6 +17,7 @@ from harness.cells import Cell, Run
 from harness.cluster import ALONE, Cluster, is_agreed
 from harness.data.dataset import ImageData
 from harness.device import execution
+from harness.device.spinning import SpinLimit
 from harness.errors import UserError
 from harness.evaluate import Evaluation, evaluate
 from harness.identity import Identity
@@ -54,6 +55,7 @@ class Runner:
         self.identity = Identity(run, data, self.plan)
         self.trainer = Trainer(self.identity, data, self.plan, store, reporter, cluster, fresh)
         self.scratch = tempfile.TemporaryDirectory(prefix="sparse-vit-bench-")
+        self.spin_limit = SpinLimit()  # around training and evaluation; what is timed runs as it would be deployed
 
     def execute(self) -> int:
         """Cell by cell; a failed one does not stop the others. UserError where no cell could work."""
@@ -146,16 +148,17 @@ class Runner:
     def _train_record(self, cell: Cell, record_id: str, name: str) -> dict[str, Any]:
         if self.cluster.is_first:
             workers.start_server()  # it imports while this process trains
-        trained = self.trainer.weights(cell, name)
-        self.reporter.begin(name, "evaluating")
-        deployed = cell.method.deploy(trained.sparse)
-        results = {
-            "test": self._evaluate(deployed, "test"),
-            "val": self._evaluate(deployed, "val") if len(self.data.val_ids) else None,
-            "ema": self._evaluate(cell.method.deploy(trained.averaged), "test")
-            if trained.averaged is not None
-            else None,
-        }
+        with self.spin_limit:
+            trained = self.trainer.weights(cell, name)
+            self.reporter.begin(name, "evaluating")
+            deployed = cell.method.deploy(trained.sparse)
+            results = {
+                "test": self._evaluate(deployed, "test"),
+                "val": self._evaluate(deployed, "val") if len(self.data.val_ids) else None,
+                "ema": self._evaluate(cell.method.deploy(trained.averaged), "test")
+                if trained.averaged is not None
+                else None,
+            }
         return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results))
 
     def _evaluate(self, model: nn.Module, which: str) -> Evaluation:
@@ -177,7 +180,7 @@ class Runner:
             "report": summary(cell.method.report(sparse, images), vit.patch_embed.grid_size), "phases": trained.phases,
             "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
-            "where": devices.where(self.plan.device) | {"processes": self.cluster.size},
+            "where": devices.where(self.plan.device) | {"processes": self.cluster.size, "waiting": self.spin_limit.facts()},
             "code": provenance() | {"method": source_digest(type(cell.method))},
         }  # fmt: skip
         self.store.write(record)
@@ -201,7 +204,8 @@ class Runner:
         ])  # fmt: skip
         if not missing:
             return False
-        self.trainer.weights(cell, name)  # the checkpoint is there afterwards
+        with self.spin_limit:
+            self.trainer.weights(cell, name)  # the checkpoint is there afterwards
         self.cluster.share(lambda: self._measure_missing(cell, record, name, keys, wanted, missing))
         return True
 
