@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 
-MOST_COPIES = 4096
-CACHES = 2  # rotated inputs fill the last-level cache that many times
+CACHES = 2  # rotated inputs exceed the GPU's L2 cache that many times
 
 
 class NotAvailable(RuntimeError):
@@ -104,14 +103,17 @@ def precision(device: torch.device, dtype: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def cold_inputs(images: Tensor) -> list[Tensor]:
-    """Copies of the images that together do not fit into the GPU's L2 cache, to be used in turn: a served model has not seen
-    its input before. On the CPU, whose caches new images pass through anyway, the images alone."""
-    if images.device.type != "cuda":
-        return [images]
-    cache = torch.cuda.get_device_properties(images.device).L2_cache_size
-    copies = min(1 + CACHES * cache // max(images.nbytes, 1), MOST_COPIES)
-    return [images, *(images.clone() for _ in range(copies - 1))]
+def cache_size(device: torch.device) -> int:
+    """Bytes of the GPU's L2 cache; 0 on the CPU, whose caches new images pass through anyway."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def cold_inputs(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The batches, and after them copies of all of them, again and again, until they exceed the cache CACHES times. To be used
+    in turn: so every batch is used equally often, and each is out of the cache by then, as a served model's input is."""
+    missing = CACHES * cache_size(batches[0].device)
+    passes = 1 + missing // max(sum(batch.nbytes for batch in batches), 1)
+    return [*batches, *(batch.clone() for _ in range(passes - 1) for batch in batches)]
 
 
 def reset_peak_memory(device: torch.device) -> None:
