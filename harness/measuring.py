@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 import methods
 from harness import cost, latency, models, spec, summary, workers
+from harness import device as devices
 from harness.device import allocator
 from harness.device.execution import is_out_of_memory, release
+from harness.formula import theoretical_macs
 from harness.latency import Conditions
+from harness.records import MEASURE_REVISION
+from harness.trace import traced
 
 Row = dict[str, Any]
 TIMED = 8  # images at least that a measurement goes through, batch by batch
@@ -25,7 +30,7 @@ CALIBRATED = 8  # images on which an untrained model is set to keep a share
 
 @dataclass(frozen=True)
 class Subject:
-    """What it takes to build a method's models again elsewhere.
+    """What it takes to build a method's models again elsewhere: the dense network once, and from it the method's.
 
     weights: a checkpoint of the form that trains; None: random weights, and where costs depend on the image, a model that
     the method has set to keep about `keep_rate` of it. plugins: files with further methods.
@@ -41,11 +46,14 @@ class Subject:
     keep_rate: float = 0.7
     plugins: tuple[str, ...] = ()
 
-    def build(self, images: Tensor) -> tuple[methods.Method, nn.Module, nn.Module]:
-        """The method, the dense network and the form that trains; `images` [B, 3, H, W] are what untrained models are set on."""
+    def dense(self) -> nn.Module:
+        """The dense network."""
+        return models.build(self.backbone, self.classes, self.image_size, self.seed).eval()
+
+    def sparsify(self, dense: nn.Module, images: Tensor) -> tuple[methods.Method, nn.Module]:
+        """The method, and the form that trains; `images` [B, 3, H, W] are what untrained models are set on."""
         for path in self.plugins:
             methods.load_plugin(path)
-        dense = models.build(self.backbone, self.classes, self.image_size, self.seed).eval()
         method = methods.create(self.method, **self.settings)
         torch.manual_seed(self.seed + 1)
         sparse = method.sparsify(dense)
@@ -53,7 +61,7 @@ class Subject:
             sparse.load_state_dict(torch.load(self.weights, map_location="cpu", weights_only=True)["model"])
         else:
             method.calibrate(sparse.eval(), images, self.keep_rate)
-        return method, dense, sparse.eval()
+        return method, sparse.eval()
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,14 @@ def expand(chosen: spec.Conditions, device: torch.device, seconds: float, energy
         Conditions(batch, dtype, mode, seconds, energy)
         for dtype in dtypes for batch in dict.fromkeys(chosen.batch_sizes) for mode in dict.fromkeys(chosen.modes)
     ]  # fmt: skip
+
+
+def key(weights_id: str, device: torch.device, conditions: Conditions) -> dict[str, Any]:
+    """What determines a measure record's id: what was timed, on what, how, and by which rule."""
+    return {
+        "weights_id": weights_id, "device": devices.name(device), "driver": devices.driver(device), "torch": str(torch.__version__),
+        "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch, "measure_revision": MEASURE_REVISION,
+    }  # fmt: skip
 
 
 def answers(record: dict[str, Any] | None, conditions: Conditions) -> bool:
@@ -127,8 +143,9 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
     allocator.keep_memory()  # before anything large is allocated: what is mapped by then stays mapped
     if job.threads:
         torch.set_num_threads(job.threads)
-    sample = _images(job, max(job.count, CALIBRATED), seed=1)
-    method, dense, sparse = job.subject.build(sample[:CALIBRATED])
+    dense = job.subject.dense()
+    sample = _images(job, dense, max(job.count, CALIBRATED), seed=1)
+    method, sparse = job.subject.sparsify(dense, sample[:CALIBRATED])
     deployed = method.deploy(sparse)
     costs = {}
     if job.count:
@@ -137,43 +154,51 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
         report = method.report(sparse, sample[: job.count])
         costs["remarks"], costs["numbers"] = list(report.remarks), summary.numbers(report)
     yield -1, costs
-    varies = cost.shapes_vary(method.report(sparse, sample))
-    images = _images(job, max(TIMED, *(conditions.batch for conditions in job.conditions)), seed=0)
+    report = method.report(sparse, sample)
+    images = _images(job, dense, max(TIMED, *(conditions.batch for conditions in job.conditions)), seed=0)
+    in_theory = functools.cache(lambda count: _speed_up_in_theory(method, dense, sparse, _of_size(images, count)))
     device = torch.device(job.device)
     for number, conditions in enumerate(job.conditions):
-        if varies and conditions.mode == "cudagraph":
+        if cost.shapes_vary(report) and conditions.mode == "cudagraph":
             reason = "CUDA graphs need fixed shapes, and this method's depend on the image"
             yield number, {"batch": conditions.batch, "unavailable": reason}
             continue
-        row = _halving(dense, deployed, images, conditions, device)
+        row = _halving(dense, deployed, images, conditions, device, cost.varies(report))
+        if row.get("varies"):
+            row["theoretical_speed_up"] = in_theory(row["batch"] * row["inputs"])
         yield number, row
         if "unavailable" in row and device.type == "cuda":
             return  # a capture that failed may have left the device in a bad state: the rest gets a fresh process
 
 
 def _halving(
-    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, device: torch.device
+    dense: nn.Module, deployed: nn.Module, images: Tensor, conditions: Conditions, device: torch.device, varies: bool
 ) -> Row:
     batch = conditions.batch
     while True:
         release(device)
         try:
-            first, *others = (
-                part.to(device) for part in _of_size(images, max(batch, TIMED // batch * batch)).split(batch)
-            )
-            return latency.compare(dense, deployed, first, conditions, others)
+            timed = _of_size(images, max(batch, TIMED // batch * batch))
+            first, *others = (part.to(device) for part in timed.split(batch))
+            return latency.compare(dense, deployed, first, conditions, others, varies)
         except Exception as error:
             if not is_out_of_memory(error) or batch == 1:
                 raise
         batch //= 2
 
 
-def _images(job: Job, count: int, seed: int) -> Tensor:
-    """The job's images, or random ones: a function of the count and the seed."""
+def _speed_up_in_theory(method: methods.Method, dense: nn.Module, sparse: nn.Module, images: Tensor) -> float:
+    """By multiply-adds, the mean over the very images that are timed, in parts, since a report sees all of its images at once."""
+    size = images.shape[-2:]
+    macs = [len(part) * theoretical_macs(dense, method.report(sparse, part), size) for part in images.split(TIMED)]
+    return round(traced(dense, images[:1]).total * len(images) / sum(macs), 4)
+
+
+def _images(job: Job, dense: nn.Module, count: int, seed: int) -> Tensor:
+    """The job's images, or random ones of the network's size: a function of the count and the seed."""
     if job.images is not None:
         return _of_size(torch.load(job.images, weights_only=True), count)
-    vit = models.build(job.subject.backbone, job.subject.classes, job.subject.image_size, seed=0)
-    return torch.randn(count, 3, *vit.patch_embed.img_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, *dense.patch_embed.img_size, generator=torch.Generator().manual_seed(seed))
 
 
 def _of_size(images: Tensor, count: int) -> Tensor:

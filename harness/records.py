@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.spec import ROOT
 
 ENGINE_REVISION = 2  # raised whenever a change of the harness changes training results
-MEASURE_REVISION = 3  # raised whenever a change of the harness changes how latency is measured
+MEASURE_REVISION = 4  # raised whenever a change of the harness changes how latency is measured
 REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "train": ("label", "seed", "method", "settings", "revision", "weights_id", "context", "context_id", "top1", "top5", "correct",
               "test_images", "cost"),

@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
+from harness import device as devices
 from harness.device import DTYPES
 from harness.device.execution import NotAvailable, precision, timed, use
 
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # of square matrices
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 TRIALS = 10
+
+
+def key(device: torch.device, dtype: str) -> dict[str, Any]:
+    """What determines the id of a roofline's record."""
+    return {
+        "kind": "roofline", "device": devices.name(device), "driver": devices.driver(device), "torch": str(torch.__version__),
+        "dtype": dtype,
+    }  # fmt: skip
 
 
 @torch.inference_mode()

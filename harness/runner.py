@@ -24,7 +24,7 @@ from harness.identity import Identity
 from harness.latency import Conditions
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import MEASURE_REVISION, RETRIED, Store, identify, provenance, source_digest
+from harness.records import RETRIED, Store, identify, provenance, source_digest
 from harness.summary import summary
 from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
 from harness.training.journal import require_tensorboard
@@ -190,13 +190,7 @@ class Runner:
         """Makes the measure records that are missing; True where there were any."""
         measure, device = self.spec.measure, self.plan.device
         wanted = measuring.expand(measure, device, measure.seconds, measure.energy)
-        keys = [
-            {
-                "weights_id": record["weights_id"], "device": devices.name(device), "driver": devices.driver(device),
-                "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch, "measure_revision": MEASURE_REVISION,
-            }
-            for conditions in wanted
-        ]  # fmt: skip
+        keys = [measuring.key(record["weights_id"], device, conditions) for conditions in wanted]
         again = self.fresh or self.remeasure
         missing = self.cluster.share(lambda: [
             i for i, key in enumerate(keys)

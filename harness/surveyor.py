@@ -10,7 +10,7 @@ from harness import device as devices
 from harness import measuring, models, roofline, workers
 from harness.latency import Conditions
 from harness.progress import Reporter
-from harness.records import MEASURE_REVISION, Store, identify, provenance
+from harness.records import Store, identify, provenance
 from harness.survey import SEED, Case, Plan, TimeBudget, subject_id
 from methods import Method, Unsupported
 from methods.core.registry import loaded_plugins
@@ -51,7 +51,7 @@ class Surveyor:
     def _do(self, case: Case, label: str, method: Method, name: str) -> bool:
         wanted = measuring.expand(case, self.device, self.survey.seconds, self.survey.energy)
         subject = subject_id(case, method, self.survey.keep_rate)
-        keys = [self._key(subject, conditions) for conditions in wanted]
+        keys = [measuring.key(identify(subject), self.device, conditions) for conditions in wanted]
         missing = [
             i for i, key in enumerate(keys)
             if self.remeasure or not measuring.answers(self.store.read(identify(key)), wanted[i])
@@ -87,12 +87,6 @@ class Surveyor:
         self.reporter.done(f"{name}: {'; '.join(done)}")
         return True
 
-    def _key(self, subject: dict[str, Any], conditions: Conditions) -> dict[str, Any]:
-        return {
-            "weights_id": identify(subject), "device": devices.name(self.device), "driver": devices.driver(self.device),
-            "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch, "measure_revision": MEASURE_REVISION,
-        }  # fmt: skip
-
     def _write(
         self, key: dict[str, Any], label: str, subject: dict[str, Any], facts: dict[str, Any], row: dict[str, Any]
     ) -> None:
@@ -105,12 +99,7 @@ class Surveyor:
         """The device's own limits in every dtype of the survey, once."""
         dtypes = {c.dtype for case in self.survey.cases for c in measuring.expand(case, self.device, 1.0, False)}
         for dtype in sorted(dtypes):
-            key = {
-                "kind": "roofline",
-                "device": devices.name(self.device),
-                "driver": devices.driver(self.device),
-                "dtype": dtype,
-            }
+            key = roofline.key(self.device, dtype)
             if not self.remeasure and self.store.read(identify(key)) is not None:
                 continue
             self.reporter.begin("roofline", dtype)
