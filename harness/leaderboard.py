@@ -15,6 +15,7 @@ import methods
 from harness import records, stats
 from harness.packing import unpack
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
+from harness.timedon import TimedOn, tables_of
 
 Record = dict[str, Any]
 COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
@@ -61,13 +62,13 @@ class Table:
     benchmark: str
     context_id: str
     context: dict[str, Any]
-    timed_on: dict[str, str] | None  # device, driver
+    timed_on: TimedOn | None
     rows: list[Row]
     timings: list[Timing]
 
 
 def tables(results: Path, benchmark: str | None = None) -> list[Table]:
-    """All tables, in a fixed order: by benchmark, context, and timing device."""
+    """All tables, in a fixed order: by benchmark and context, the newest way of timing first."""
     train: dict[tuple[str, str], list[Record]] = defaultdict(list)
     measured: dict[str, list[Record]] = defaultdict(list)
     for name, record in records.load_all(results):
@@ -75,27 +76,22 @@ def tables(results: Path, benchmark: str | None = None) -> list[Table]:
             continue
         if record["kind"] == "train":
             train[name, record["context_id"]].append(record)
-        elif record["kind"] == "measure" and record["measure_revision"] == records.MEASURE_REVISION:
+        elif record["kind"] == "measure":
             measured[name].append(record)
     result = []
     for (name, context_id), group in sorted(train.items()):
-        devices = _timing_devices(group, measured[name])
-        result.extend(_table(name, context_id, group, device, found) for device, found in devices)
+        timings = _timings_of(group, measured[name])
+        result.extend(_table(name, context_id, group, timed, found) for timed, found in timings)
     return result
 
 
-def _timing_devices(group: list[Record], measures: list[Record]) -> list[tuple[dict[str, str] | None, list[Record]]]:
-    """The measure records that belong to a group, by what they were timed on."""
+def _timings_of(group: list[Record], measures: list[Record]) -> list[tuple[TimedOn | None, list[Record]]]:
+    """The measure records that belong to a group, by the table they are shown in."""
     weights = {record["weights_id"] for record in group}
-    by_device: dict[str, list[Record]] = defaultdict(list)
-    for record in measures:
-        if record["weights_id"] in weights:
-            key = {part: record[part] for part in ("device", "driver")}
-            by_device[json.dumps(key, sort_keys=True)].append(record)
-    return [(json.loads(key), found) for key, found in sorted(by_device.items())] or [(None, [])]
+    return tables_of(record for record in measures if record["weights_id"] in weights) or [(None, [])]
 
 
-def _table(name: str, context_id: str, group: list[Record], timed_on: dict | None, measures: list[Record]) -> Table:
+def _table(name: str, context_id: str, group: list[Record], timed: TimedOn | None, measures: list[Record]) -> Table:
     newest = defaultdict(int)
     for record in group:
         newest[_who(record)] = max(newest[_who(record)], record["revision"])
@@ -116,7 +112,7 @@ def _table(name: str, context_id: str, group: list[Record], timed_on: dict | Non
         row.verdict = judge(macs, parts[row.label], row.speeds, column_names(timings))
         kernels = chosen_kernels(row.speeds, column_names(timings))
         row.remarks += [kernels] if kernels else []
-    return Table(name, context_id, group[0]["context"], timed_on, rows, timings)
+    return Table(name, context_id, group[0]["context"], timed, rows, timings)
 
 
 def _order(record: Record) -> tuple[int, str]:

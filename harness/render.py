@@ -16,6 +16,7 @@ from harness.records import write_atomically
 from harness.speeds import NOISY, Timing, absences, column_names, marks
 from harness.stats import MIN_SEEDS
 from harness.surveyboard import SurveyTable
+from harness.timedon import is_old, told
 from harness.verdict import REALISED_LIMIT
 from harness.words import numbers_told
 
@@ -36,9 +37,10 @@ the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is sh
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
-plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds; then, in brackets, the
-share realised: measured over theoretical speed-up. dense against itself shows the noise. `?`: was not warm in time;
-`~`: noisy, the 90th percentile of either network is more than {NOISY} times its median, or other processes kept the machine busy; (b32): measured at batch 32, since
+plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds, or, where the work depends on the image,
+as the ratio of the mean times over the same images; then, in brackets, the share realised: measured over theoretical speed-up, both on the
+images that were timed where they differ. Tables never mix devices, torch versions, or rules of timing. dense against itself shows the noise. `?`: was not warm in time;
+`~`: noisy, the 90th percentile of either network is more than {NOISY} times its median for the same work, or other processes kept the machine busy; (b32): measured at batch 32, since
 memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
 *estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
@@ -82,7 +84,7 @@ def _notes(table: Table) -> list[str]:
 
 def _title(table: Table) -> str:
     data, backbone = table.context["data"], table.context["backbone"]
-    return f"{backbone['name']} on {data['card']}"
+    return f"{backbone['name']} on {data['card']}{' (timed by an older rule)' if is_old(table.timed_on) else ''}"
 
 
 def _conditions(table: Table) -> str:
@@ -96,12 +98,10 @@ def _conditions(table: Table) -> str:
         f"{limit}; teacher: {context['distill']}; trained on {plan['device']} in {plan['dtype']}. "
     )
     if table.timed_on:
-        timed = table.timed_on
-        driver = f", {timed['driver']}" if timed["driver"] else ""
         kinds = [
             ", ".join(dict.fromkeys(getattr(timing, part) for timing in table.timings)) for part in ("dtype", "mode")
         ]
-        text += f"Timed on {timed['device']}{driver}, {', '.join(kinds)}. "
+        text += f"{told(table.timed_on)}, {', '.join(kinds)}. "
     return text + f"`{table.context_id}`"
 
 
@@ -165,6 +165,8 @@ def show(tables: list[Table], console: Console, surveys: Sequence[SurveyTable] =
     """The same tables in the terminal."""
     for table in tables:
         console.print(_rich(_cells(table), f"{table.benchmark}: {_title(table)}"))
+        if table.timed_on:
+            console.print(told(table.timed_on), markup=False, soft_wrap=True)
         for note in _notes(table):
             console.print(f"- {note}", markup=False, soft_wrap=True)
         estimates, models = _estimates(table)

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness import records
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
+from harness.timedon import TimedOn, machine, tables_of
 from harness.words import numbers_told
 
 Record = dict[str, Any]
@@ -29,17 +30,17 @@ class Line:
 
     @property
     def images_per_second(self) -> float:
-        return self.speed.batch / self.speed.milliseconds * 1e3
+        return self.speed.images_per_second
 
 
 @dataclass
 class SurveyTable:
-    """Lines that may be compared: one backbone on one device. limits: rooflines by dtype; verdicts: by label."""
+    """Lines that may be compared: one backbone on one device, timed by one rule under one torch. limits: rooflines by dtype; verdicts: by label."""
 
     benchmark: str
     backbone: dict[str, Any]
     image_size: int | None
-    timed_on: dict[str, str]
+    timed_on: TimedOn
     limits: dict[str, Record]
     lines: list[Line]
     verdicts: dict[str, str]
@@ -50,36 +51,40 @@ class SurveyTable:
 
 
 def surveys(results: Path, benchmark: str | None = None) -> list[SurveyTable]:
-    """All of them, in a fixed order: by benchmark, backbone, device."""
+    """All of them, in a fixed order: by benchmark and backbone, the newest way of timing first."""
     found: dict[str, list[Record]] = defaultdict(list)
-    limits: dict[tuple[str, str, str], dict[str, Record]] = defaultdict(dict)
+    limits: dict[str, dict[str, Record]] = defaultdict(dict)
     for name, record in records.load_all(results):
         if benchmark is not None and name != benchmark:
             continue
         if record["kind"] == "roofline" and record["gemm_tflops"]:
-            limits[name, record["device"], record["driver"]][record["dtype"]] = record
+            limits[_machine(name, record)][record["dtype"]] = record
         elif record["kind"] == "measure" and "survey" in record:
             survey = record["survey"]
-            where = [name, survey["backbone"], survey["image_size"], record["device"], record["driver"]]
-            found[json.dumps(where, sort_keys=True)].append(record)
-    return [_table(json.loads(key), _newest(same), limits) for key, same in sorted(found.items())]
+            found[json.dumps([name, survey["backbone"], survey["image_size"]], sort_keys=True)].append(record)
+    return [
+        _table(json.loads(subject), timed, own, limits[_machine(json.loads(subject)[0], own[0])])
+        for subject, same in sorted(found.items()) for timed, own in tables_of(_newest(same))
+    ]  # fmt: skip
+
+
+def _machine(name: str, record: Record) -> str:
+    """What a device's limits hold for."""
+    return json.dumps([name, machine(record)])
 
 
 def _newest(found: list[Record]) -> list[Record]:
-    """Without what an older revision of a method, or of how latency is measured, has left."""
+    """Without what an older revision of a method has left."""
 
     def who(record: Record) -> str:
-        return json.dumps(
-            [record["survey"]["method"], record["survey"]["settings"], record["survey"]["keep_rate"]], sort_keys=True
-        )
+        survey = record["survey"]
+        parts = [survey["method"], survey["settings"], survey["keep_rate"], record["device"], record["driver"]]
+        return json.dumps(parts, sort_keys=True)
 
-    def age(record: Record) -> tuple[int, int]:
-        return record["survey"]["revision"], record["measure_revision"]
-
-    newest = {}
+    newest: dict[str, int] = {}
     for record in found:
-        newest[who(record)] = max(newest.get(who(record), (0, 0)), age(record))
-    return [record for record in found if age(record) == newest[who(record)]]
+        newest[who(record)] = max(newest.get(who(record), 0), record["survey"]["revision"])
+    return [record for record in found if record["survey"]["revision"] == newest[who(record)]]
 
 
 def _name(record: Record) -> str:
@@ -87,11 +92,8 @@ def _name(record: Record) -> str:
     return record["label"] + (f" (set to keep {rate:g})" if rate is not None else "")
 
 
-def _table(where: list[Any], found: list[Record], limits: dict[tuple[str, str, str], dict[str, Record]]) -> SurveyTable:
-    name, backbone, image_size, device, driver = where
-    table = SurveyTable(
-        name, backbone, image_size, {"device": device, "driver": driver}, limits[name, device, driver], [], {}
-    )
+def _table(subject: list[Any], timed: TimedOn, found: list[Record], limits: dict[str, Record]) -> SurveyTable:
+    table = SurveyTable(*subject, timed, limits, [], {})
     table.lines = sorted((_line(record, table.limits) for record in found), key=_order)
     by_method: dict[str, list[Record]] = defaultdict(list)
     for record in found:
@@ -117,7 +119,7 @@ def _line(record: Record, limits: dict[str, Record]) -> Line:
     line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed)
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
-        seconds = line.speed.milliseconds / 1e3
+        seconds = line.speed.mean_milliseconds / 1e3
         line.of_products = 2 * line.macs[2] * line.speed.batch / seconds / (limit["gemm_tflops"] * 1e12)
         line.of_copies = record["latency"]["deployed"]["weights_bytes"] / seconds / (limit["copy_gbs"] * 1e9)
     return line

@@ -10,11 +10,12 @@ from rich.table import Table as RichTable
 
 from harness.speeds import absences, marks
 from harness.surveyboard import Line, SurveyTable
+from harness.timedon import is_old, told
 
 FOOTER = """
 **Surveys.** Untrained networks on random images: how fast a method is does not depend on what it has learned, as long as it keeps as
-much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are as above. *MB*: peak
-memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of products*, *of copies*: the share of
+much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are as above. *images/s*: images over
+the mean time of the batches that were timed (*ms* is the median's). *MB*: peak memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of products*, *of copies*: the share of
 the device's own measured speed at large matrix products and copies that the line reaches by the multiply-adds it executes
 and by reading its weights once.
 """
@@ -33,12 +34,12 @@ def section(table: SurveyTable) -> str:
 def _title(table: SurveyTable) -> str:
     sizes = "".join(f", {key} {value}" for key, value in table.backbone["kwargs"].items())
     pixels = f" at {table.image_size} pixels" if table.image_size else ""
-    return f"{table.benchmark}: {table.backbone['name']}{sizes}{pixels}, untrained"
+    old = ", timed by an older rule" if is_old(table.timed_on) else ""
+    return f"{table.benchmark}: {table.backbone['name']}{sizes}{pixels}, untrained{old}"
 
 
 def _conditions(table: SurveyTable) -> str:
-    driver = f", {table.timed_on['driver']}" if table.timed_on["driver"] else ""
-    text = f"Timed on {table.timed_on['device']}{driver}; synthetic images."
+    text = f"{told(table.timed_on)}; synthetic images."
     for dtype, limit in sorted(table.limits.items()):
         text += f" Limits in {dtype}: {limit['gemm_tflops']:.3g} TFLOP/s, {limit['copy_gbs']:.4g} GB/s."
     return text

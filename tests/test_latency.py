@@ -1,5 +1,6 @@
 """Timing: what a row says, in which form models run, and what happens when memory runs out or a process dies."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import methods
-from harness import latency, measuring, modes, workers
+from harness import contender, latency, measuring, models, modes, roofline, speedup, workers
 from harness.latency import Conditions
 from harness.spec import Backbone
 
@@ -54,6 +55,7 @@ def test_a_row_says_how_fast_and_how_sure():
     assert 20 <= slow["p50_ms"] < 60
     assert slow["samples"] == len(slow["raw_ms"])
     assert slow["p50_ms"] == pytest.approx(statistics.median(slow["raw_ms"]), abs=1e-3)
+    assert slow["mean_ms"] == slow["p50_ms"]
     assert slow["images_per_second"] == pytest.approx(2e3 / slow["p50_ms"], rel=0.01)
     assert slow["kernels"] == row["dense"]["kernels"] != {}
     weights = sum(p.nbytes for p in dense.parameters())
@@ -73,7 +75,7 @@ def test_percentiles_are_given_where_the_samples_allow_them():
 
 
 def test_raw_samples_are_thinned_but_percentiles_are_not(monkeypatch):
-    monkeypatch.setattr(latency, "KEPT", 10)
+    monkeypatch.setattr(contender, "KEPT", 10)
     dense = vit()
     row = latency.compare(dense, dense, images(1), Conditions(1, "float32", seconds=QUICK))["dense"]
     assert row["raw_every"] == math.ceil(row["samples"] / 10)
@@ -147,7 +149,7 @@ def test_the_kernel_is_chosen_for_every_number_of_tokens(monkeypatch):
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
 def test_the_interval_holds_the_median(values):
-    low, high = latency.median_interval(values)
+    low, high = speedup.median_interval(values)
     assert min(values) <= low <= statistics.median(values) <= high <= max(values)
 
 
@@ -157,7 +159,7 @@ def test_the_interval_covers_what_it_should(rounds, seed):
     generator = torch.Generator().manual_seed(seed)
     held = 0
     for _ in range(60):
-        low, high = latency.median_interval(torch.randn(rounds, generator=generator).tolist())
+        low, high = speedup.median_interval(torch.randn(rounds, generator=generator).tolist())
         held += low <= 0 <= high
     assert held >= 48
 
@@ -275,3 +277,47 @@ def test_small_batches_go_through_several_images():
     row = latency.compare(Watching(), Watching(), batches[0], Conditions(2, "float32", seconds=0.001), batches[1:])
     assert row["batch"] == 2
     assert set(seen) == {0.0, 1.0, 2.0, 3.0}
+
+
+def here(monkeypatch, todo):
+    """What the measuring process would say, in this one."""
+    monkeypatch.setattr(measuring.allocator, "keep_memory", lambda: None)
+    return measuring._measure_here(todo)
+
+
+@pytest.mark.parametrize("batch", [3, 16])
+def test_theory_is_that_of_the_images_which_are_timed(threshold_file, tmp_path, monkeypatch, batch):
+    """Costs are counted on as many images as are timed, so both are means over the same ones."""
+    inputs, count = (1, 16) if batch == 16 else (8 // batch, 8 // batch * batch)
+    torch.save(images(8), tmp_path / "images.pt")
+    backbone = Backbone(
+        name="vit_tiny_patch16_224", kwargs={"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    )
+    subject = measuring.Subject(backbone, 3, 16, 0, "threshold", {}, keep_rate=0.5, plugins=(str(threshold_file),))
+    conditions = (Conditions(batch, "float32", seconds=QUICK),)
+    rows = dict(here(monkeypatch, measuring.Job(subject, conditions, "cpu", tmp_path / "images.pt", count=count)))
+    costs, row = rows[-1], rows[0]
+    assert (row["varies"], row["inputs"]) == (True, inputs)
+    assert row["theoretical_speed_up"] == pytest.approx(costs["macs_dense"] / costs["macs_theoretical"], rel=1e-3)
+    assert len(row["deployed"]["input_ms"]) == inputs
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_measuring_builds_one_network(limited_file, tmp_path, monkeypatch, synthetic):
+    built, build = [], models.build
+    monkeypatch.setattr(models, "build", lambda *given: built.append(given) or build(*given))
+    torch.save(images(2), tmp_path / "images.pt")
+    todo = job(limited_file, "memory", batches=(2,))
+    rows = dict(here(monkeypatch, todo if synthetic else dataclasses.replace(todo, images=tmp_path / "images.pt")))
+    assert rows.keys() == {-1, 0}
+    assert "theoretical_speed_up" not in rows[0]  # its images do not differ
+    assert len(built) == 1
+
+
+def test_other_torch_versions_are_other_measurements(monkeypatch):
+    key = measuring.key("w", torch.device("cpu"), Conditions(1, "float32"))
+    limits = roofline.key(torch.device("cpu"), "float32")
+    assert key["torch"] == limits["torch"] == torch.__version__
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    assert measuring.key("w", torch.device("cpu"), Conditions(1, "float32")) == key | {"torch": "2.99.0+cpu"}
+    assert roofline.key(torch.device("cpu"), "float32") == limits | {"torch": "2.99.0+cpu"}

@@ -71,7 +71,7 @@ def test_the_roofline_gives_shares(finished):
     (table,) = surveys(results)
     for line in table.lines:
         if not line.speed.unavailable:
-            seconds = line.speed.milliseconds / 1e3
+            seconds = line.speed.mean_milliseconds / 1e3  # of those whose images differ, too
             reached = 2 * line.macs[2] * line.timing.batch / seconds
             assert line.of_products == pytest.approx(reached / (limit["gemm_tflops"] * 1e12))
             assert 0 < line.of_copies < 2
