@@ -188,3 +188,35 @@ def test_multiply_adds_are_a_mean_over_what_is_timed(clock, varies, tokens):
     assert row["deployed"]["macs_executed"] == tokens * 3 * 5
     assert sum(row["deployed"]["parts_executed"].values()) == tokens * 3 * 5
     assert "macs_executed" not in row["dense"]
+
+
+def test_warm_up_compares_windows_with_the_same_images(clock):
+    """Half of the images take nine times as long, so a median goes by how many of which a window has."""
+    row = compared(clock, [MS], [MS] * 4 + [9 * MS] * 4, numbered(8), varies=True, seconds=0.02)["deployed"]
+    assert row["warm"]
+    assert (row["mean_ms"], row["images_per_second"]) == (5, 200)
+
+
+def test_energy_is_a_mean_over_the_images_too(clock, monkeypatch):
+    class Meter:
+        """A device that draws one watt."""
+
+        def __init__(self, device):
+            pass
+
+        def idle_watts(self):
+            return 0.5
+
+        def per_call(self, call):
+            before = clock.now
+            for _ in range(3):
+                call()
+            return (clock.now - before) / 3, 3
+
+    monkeypatch.setattr(latency.sensors, "EnergyMeter", Meter)
+    first, *others = numbered(8)
+    models = Taking(clock, [MS]), Taking(clock, [MS] * 7 + [9 * MS])
+    row = latency.compare(*models, first, Conditions(1, "float32", seconds=0.1, energy=True), others, varies=True)
+    assert row["idle_watts"] == 0.5
+    assert row["deployed"]["joules_per_image"] == pytest.approx(2e-3)
+    assert row["deployed"]["energy_calls"] == 24
