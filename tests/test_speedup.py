@@ -53,3 +53,8 @@ def test_the_interval_holds_the_estimate_and_a_slower_clock_changes_nothing(turn
 def test_batches_that_take_longer_count_as_what_they_take():
     assert speed_up([[8.0, 8.0]] * 5, [[1.0, 3.0]] * 5)[0] == 4
     assert speed_up([[8.0]] * 5, [[1.0], [1.0], [3.0], [3.0], [3.0]])[0] == pytest.approx(8 / 3)
+
+
+def test_where_all_take_the_same_work_it_is_the_median_of_the_rounds_ratios():
+    """The second round is disturbed for both: a ratio of medians would be 3."""
+    assert speed_up([[10.0], [100.0], [30.0]], [[5.0], [100.0], [10.0]]) == (2, (1, 3))
