@@ -66,8 +66,8 @@ class Contender:
 
     def summary(self, batch: int) -> dict[str, Any]:
         """Milliseconds per batch: p50 of all calls always, p90 from 100 samples, p99 from 1,000; input_ms: the median of each
-        batch; mean_ms: the mean of these, by which images_per_second goes; and the raw samples. noise: the 90th
-        percentile over the median, of calls with the same work."""
+        batch; mean_ms, by which images_per_second goes: the mean of these where the batches differ in their work, and p50 where
+        they do not; and the raw samples. noise: the 90th percentile over the median, of calls with the same work."""
         same, inputs = _medians(self.wall, self.kinds), _medians(self.wall, self.batches)
         scatter = [seconds / same[call % self.kinds] for call, seconds in enumerate(self.wall)]
         row: dict[str, Any] = {
@@ -79,7 +79,7 @@ class Contender:
                 row[f"p{percent}_ms"] = _milliseconds(quantile(self.wall, percent / 100))
         if self.inside:
             row["device_p50_ms"] = _milliseconds(statistics.median(self.inside))
-        mean, every = statistics.mean(inputs), _thinning(len(self.wall), self.batches)
+        mean, every = statistics.mean(same), _thinning(len(self.wall), self.batches)
         return row | {
             "mean_ms": _milliseconds(mean), "input_ms": [_milliseconds(value) for value in inputs],
             "images_per_second": round(batch / mean, 2), **self.facts,

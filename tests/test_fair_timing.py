@@ -153,6 +153,9 @@ def test_images_that_take_the_same_work_have_the_median_of_the_rounds(clock):
     assert row["speed_up"] == 1.5
     assert row["deployed"]["images_per_second"] == 500
     assert not row["varies"]
+    disturbed = compared(clock, [3 * MS], [2 * MS] * 7 + [9 * MS], numbered(8), varies=False)["deployed"]
+    assert (disturbed["mean_ms"], disturbed["images_per_second"]) == (2, 500)
+    assert disturbed["input_ms"] == [2] * 7 + [9]
 
 
 def test_thinned_samples_have_something_of_every_image(clock, monkeypatch):
