@@ -21,10 +21,10 @@ KEPT = 2000  # raw samples in a record
 class Contender:
     """One of the two models, and what was measured of it.
 
-    inputs: what it is called with, in turn; the first `batches` of them differ, those after them are copies. varies: whether
-    the batches differ in their work. wall, inside: seconds of each timed call, by the wall clock and between events on the
-    device; call i is of batch i % batches. turns: of each round, the median of each batch, or of all together where
-    they do not differ in their work.
+    inputs: what it is called with, in turn; the first `batches` of them differ, those after them are copies. varies:
+    whether the batches differ in their work. wall, inside: seconds of each timed call, by the wall clock and between
+    events on the device; call i is of batch i % batches. turns: of each round, the median of each batch, or of all
+    together where they do not differ in their work.
     """
 
     prepared: Prepared
@@ -65,9 +65,10 @@ class Contender:
         self.turns.append(_medians(times, self.kinds))
 
     def summary(self, batch: int) -> dict[str, Any]:
-        """Milliseconds per batch: p50 of all calls always, p90 from 100 samples, p99 from 1,000; input_ms: the median of each
-        batch; mean_ms, by which images_per_second goes: the mean of these where the batches differ in their work, and p50 where
-        they do not; and the raw samples. noise: the 90th percentile over the median, of calls with the same work."""
+        """Milliseconds per batch: p50 of all calls always, p90 from 100 samples, p99 from 1,000; input_ms: the median
+        of each batch; mean_ms, by which images_per_second goes: the mean of these where the batches differ in their
+        work, and p50 where they do not; and the raw samples. noise: the 90th percentile over the median, of calls with
+        the same work."""
         same, inputs = _medians(self.wall, self.kinds), _medians(self.wall, self.batches)
         scatter = [seconds / same[call % self.kinds] for call, seconds in enumerate(self.wall)]
         row: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """Latency of a deployed model against the best dense one: interleaved rounds, raw samples kept.
 
-The machines are shared, so a number alone says little. In every round each model has a turn: a call that is not timed, so that
-a model finds its own weights in the caches as it would when it is served, and then timed calls, which go through all batches
-in turn. How the speed-up follows from the rounds: `harness.speedup`. `torch.utils.benchmark` is not used because it cannot
-interleave; like it, the clock starts and stops on an idle device.
+The machines are shared, so a number alone says little. In every round each model has a turn: a call that is not timed,
+so that a model finds its own weights in the caches as it would when it is served, and then timed calls, which go
+through all batches in turn. How the speed-up follows from the rounds: `harness.speedup`. `torch.utils.benchmark` is not
+used because it cannot interleave; like it, the clock starts and stops on an idle device.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def compare(
     others: Sequence[Tensor] = (),
     varies: bool = False,
 ) -> dict[str, Any]:
-    """Times both on images [B, 3, H, W] and as often on each of the other batches of as many: a row for each model, and the
-    speed-up with an interval (95 % for a fixed number of rounds; stopping once it is narrow costs some of that). varies:
-    whether images differ in the work they take; then times and multiply-adds are means over all of them.
-    {"unavailable": reason} where the conditions cannot be."""
+    """Times both on images [B, 3, H, W] and as often on each of the other batches of as many: a row for each model, and
+    the speed-up with an interval: 95 % for a fixed number of rounds; stopping once it is narrow left 89 to 97 % in
+    simulations. varies: whether images differ in the work they take; then times and multiply-adds are means over all of
+    them. {"unavailable": reason} where the conditions cannot be."""
     use(images.device)
     batches = [batch.to(DTYPES[conditions.dtype]) for batch in (images, *others)]
     try:
@@ -97,8 +97,8 @@ def _compare(
         contender.facts |= _facts(contender) | (_energy(contender, meter, size) if meter else {})
     ratio, interval = speed_up(dense.turns, deployed.turns)
     return {
-        "batch": size, "seconds": conditions.seconds, "rounds": len(dense.turns), "inputs": len(batches), "varies": varies,
-        "speed_up": round(ratio, 4), "speed_up_interval": [round(value, 4) for value in interval], **energy,
+        "batch": size, "seconds": conditions.seconds, "rounds": len(dense.turns), "inputs": len(batches),
+        "varies": varies, "speed_up": round(ratio, 4), "speed_up_interval": [round(value, 4) for value in interval], **energy,
         "dense": dense.summary(size), "deployed": deployed.summary(size),
     }  # fmt: skip
 
@@ -129,8 +129,8 @@ def _contender(model: nn.Module, batches: list[Tensor], conditions: Conditions, 
 
 
 def _warm_up(contenders: list[Contender], limit: float) -> None:
-    """Runs both in turns until each one's medians of successive windows have agreed; not `warm` where that took longer than
-    `limit` seconds."""
+    """Runs both in turns until each one's medians of successive windows have agreed; not `warm` where that took longer
+    than `limit` seconds."""
     last: dict[int, list[float]] = {}
     calls, started, passes = float(WINDOW_CALLS), time.perf_counter(), 0
     numbers = [itertools.count() for _ in contenders]
@@ -166,8 +166,9 @@ def _error_of_median(values: list[float]) -> float:
 
 
 def _facts(contender: Contender) -> dict[str, Any]:
-    """Bytes of weights and what an eager forward needs with them at most (None where it does not fit); how many operations it
-    is, and how often the host has to wait. Eager in every mode: a graph's memory is its own and shows in no call."""
+    """Bytes of weights and what an eager forward needs with them at most (None where it does not fit); how many
+    operations it is, and how often the host has to wait. Eager in every mode: a graph's memory is its own and shows in
+    no call."""
     model, inputs = contender.prepared.model, contender.inputs[: contender.kinds]
     facts: dict[str, Any] = {"weights_bytes": sum(x.nbytes for x in (*model.parameters(), *model.buffers()))}
     try:

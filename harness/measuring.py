@@ -90,8 +90,9 @@ def expand(chosen: spec.Conditions, device: torch.device, seconds: float, energy
 def key(weights_id: str, device: torch.device, conditions: Conditions) -> dict[str, Any]:
     """What determines a measure record's id: what was timed, on what, how, and by which rule."""
     return {
-        "weights_id": weights_id, "device": devices.name(device), "driver": devices.driver(device), "torch": str(torch.__version__),
-        "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch, "measure_revision": MEASURE_REVISION,
+        "weights_id": weights_id, "device": devices.name(device), "driver": devices.driver(device),
+        "torch": str(torch.__version__), "dtype": conditions.dtype, "mode": conditions.mode, "batch": conditions.batch,
+        "measure_revision": MEASURE_REVISION,
     }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def _halving(
 
 
 def _speed_up_in_theory(method: methods.Method, dense: nn.Module, sparse: nn.Module, images: Tensor) -> float:
-    """By multiply-adds, the mean over the very images that are timed, in parts, since a report sees all of its images at once."""
+    """By multiply-adds, means over the very images that are timed; in parts, since a report sees all images at once."""
     size = images.shape[-2:]
     macs = [len(part) * theoretical_macs(dense, method.report(sparse, part), size) for part in images.split(TIMED)]
     return round(traced(dense, images[:1]).total * len(images) / sum(macs), 4)

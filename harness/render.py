@@ -37,11 +37,13 @@ the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is sh
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
-plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds, or, where the work depends on the image,
-as the ratio of the mean times over the same images; then, in brackets, the share realised: measured over theoretical speed-up, both on the
-images that were timed where they differ. Tables never mix devices, torch versions, or rules of timing. dense against itself shows the noise. `?`: was not warm in time;
-`~`: noisy, the 90th percentile of either network is more than {NOISY} times its median for the same work, or other processes kept the machine busy; (b32): measured at batch 32, since
-memory ran out; n/a: cannot be run so, see below the table. A row that realises less than {REALISED_LIMIT} of its theoretical
+plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds, or, where the work
+depends on the image, as the ratio of the mean times over the same images; then, in brackets, the share realised:
+measured over theoretical speed-up, both on the images that were timed where they differ. Tables never mix devices,
+torch versions, or rules of timing. dense against itself shows the noise. `?`: was not warm in time;
+`~`: noisy, the 90th percentile of either network is more than {NOISY} times its median for the same work, or other
+processes kept the machine busy; (b32): measured at batch 32, since memory ran out; n/a: cannot be run so, see below the
+table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
 *estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
 ◆: no other row is both at least as accurate and as cheap (GMACs run).

@@ -20,8 +20,8 @@ TRIALS = 10
 def key(device: torch.device, dtype: str) -> dict[str, Any]:
     """What determines the id of a roofline's record."""
     return {
-        "kind": "roofline", "device": devices.name(device), "driver": devices.driver(device), "torch": str(torch.__version__),
-        "dtype": dtype,
+        "kind": "roofline", "device": devices.name(device), "driver": devices.driver(device),
+        "torch": str(torch.__version__), "dtype": dtype,
     }  # fmt: skip
 
 

@@ -56,7 +56,8 @@ class Speed:
             return where | {"unavailable": self.unavailable}
         return where | {
             "measured_batch": self.batch, "ms": self.milliseconds, "mean_ms": self.mean_milliseconds,
-            "images_per_second": self.images_per_second, "speed_up": self.speed_up, "half_width": self.half_width, "realised": self.realised,
+            "images_per_second": self.images_per_second, "speed_up": self.speed_up, "half_width": self.half_width,
+            "realised": self.realised,
             "warm": self.warm, "noisy": self.noisy, "peak_bytes": self.peak_bytes, "joules": self.joules, "measured_macs": self.macs,
         }  # fmt: skip
 
@@ -65,8 +66,8 @@ REFUSED = "could not be tried"
 
 
 def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
-    """One cell of a table from the latency rows of its records; theoretical: the speed-up by multiply-adds, where a record does
-    not have that of the images it timed."""
+    """One cell of a table from the latency rows of its records; theoretical: the speed-up by multiply-adds, where a
+    record does not have that of the images it timed."""
     measured = [row for row in latencies if "unavailable" not in row]
     if not measured:
         return Speed(unavailable=latencies[0]["unavailable"])
@@ -81,8 +82,9 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         batch=min(row["batch"] for row in measured),
         milliseconds=statistics.median(row["p50_ms"] for row in deployed),
         mean_milliseconds=statistics.median(row.get("mean_ms", row["p50_ms"]) for row in deployed),
-        speed_up=speed_up, realised=statistics.median(row["speed_up"] / row.get("theoretical_speed_up", theoretical) for row in measured),
-        warm=all(row["warm"] for row in both),
+        speed_up=speed_up, realised=statistics.median(
+            row["speed_up"] / row.get("theoretical_speed_up", theoretical) for row in measured
+        ), warm=all(row["warm"] for row in both),
         noisy=any(row["noise"] > NOISY for row in both) or any(_was_disturbed(row) for row in measured), peak_bytes=max((row["peak_bytes"] for row in deployed if row["peak_bytes"]), default=None),
         half_width=statistics.median((row["speed_up_interval"][1] - row["speed_up_interval"][0]) / 2 for row in measured),
         joules=statistics.median(joules) if joules else None,

@@ -35,7 +35,8 @@ class Line:
 
 @dataclass
 class SurveyTable:
-    """Lines that may be compared: one backbone on one device, timed by one rule under one torch. limits: rooflines by dtype; verdicts: by label."""
+    """Lines that may be compared: one backbone on one device, timed by one rule under one version of torch. limits:
+    rooflines by dtype; verdicts: by label."""
 
     benchmark: str
     backbone: dict[str, Any]

@@ -13,10 +13,12 @@ from harness.surveyboard import Line, SurveyTable
 from harness.timedon import is_old, told
 
 FOOTER = """
-**Surveys.** Untrained networks on random images: how fast a method is does not depend on what it has learned, as long as it keeps as
-much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are as above. *images/s* goes by
-the mean time of the images where these differ in the work they take; *ms* is the median call. *MB*: peak memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of products*, *of copies*: the share of
-the device's own measured speed at large matrix products and copies that the line reaches by the multiply-adds it executes
+**Surveys.** Untrained networks on random images: how fast a method is does not depend on what it has learned, as long
+as it keeps as much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are
+as above. *ms* is the median call; *images/s* goes by the mean time of the images where these differ in the work they
+take. *MB*: peak memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of
+products*, *of copies*: the share of the device's own measured speed at large matrix products and copies that the line
+reaches by the multiply-adds it executes
 and by reading its weights once.
 """
 

@@ -1,4 +1,4 @@
-"""What timings of one table have in common: the device, torch's version, and the rule by which they were taken. No torch here."""
+"""What timings in one table have in common: device, torch version, and the rule they were taken by. No torch here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ Record = dict[str, Any]
 TimedOn = dict[str, Any]  # device, driver, torch (None where a record does not say), measure_revision
 
 MENDED = {  # by which revision of measuring, and what was so before it
-    4: "not all images were timed equally often, and where they differ in the work they take, the speed-up is that of the median calls",
-}  # fmt: skip
+    4: "not all images were timed equally often, and where they differ in the work they take, "
+    "the speed-up is that of the median calls",
+}
 
 
 def machine(record: Record) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Which input is timed how often, and what follows for throughput, speed-up and multiply-adds. The clock is pretended: it moves
-when a model says so, hence the numbers are exact."""
+"""Which input is timed how often, and what follows for throughput, speed-up and multiply-adds. The clock is pretended:
+it moves when a model says so, hence the numbers are exact."""
 
 from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,6 +75,7 @@ def compared(clock, dense, deployed, batches, varies, seconds=1.0):
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 40_000))
+@settings(deadline=None)
 def test_inputs_exceed_the_cache_twice_and_have_every_batch_equally_often(batches, size, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execution, "cache_size", lambda device: cache)
@@ -100,6 +101,7 @@ TURNS = st.lists(st.integers(0, 20), max_size=12)
 
 
 @given(st.integers(1, 8), st.integers(1, 3), TURNS, st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
+@settings(deadline=None)
 def test_every_image_is_timed_equally_often_over_any_rounds(batches, passes, turns, seconds, varies):
     clock = Clock()
     inputs = [x for _ in range(passes) for x in numbered(batches)]
@@ -116,6 +118,7 @@ def test_every_image_is_timed_equally_often_over_any_rounds(batches, passes, tur
 
 
 @given(st.integers(2, 8), st.integers(1, 3), TURNS)
+@settings(deadline=None)
 def test_the_call_that_does_not_count_warms_no_input_that_is_timed_next(batches, passes, turns):
     clock = Clock()
     inputs = [x for _ in range(passes) for x in numbered(batches)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.speedup import speed_up
@@ -16,8 +16,8 @@ WORK = {
 
 
 def rounds(generator, work, count):
-    """Seconds [rounds, batches] of a dense model and one with that work, on a machine whose speed drifts, with 5 % noise, and 15 % of the
-    calls up to doubled."""
+    """Seconds [rounds, batches] of a dense model and one with that work, on a machine whose speed drifts, with 5 %
+    noise, and 15 % of the calls up to doubled."""
     drift = np.exp(np.cumsum(generator.normal(0, 0.01, count)))[:, None]
 
     def turns(seconds):
@@ -41,7 +41,14 @@ def test_the_interval_holds_the_ratio_of_the_mean_works(work, count):
 TIMES = st.floats(0.1, 10)
 
 
-@given(st.integers(1, 4).flatmap(lambda k: st.lists(st.tuples(*[st.lists(TIMES, min_size=k, max_size=k)] * 2), min_size=1, max_size=20)))  # fmt: skip
+def both_models(batches):
+    """Up to 20 rounds of two models."""
+    turn = st.lists(TIMES, min_size=batches, max_size=batches)
+    return st.lists(st.tuples(turn, turn), min_size=1, max_size=20)
+
+
+@given(st.integers(1, 4).flatmap(both_models))
+@settings(deadline=None)
 def test_the_interval_holds_the_estimate_and_a_slower_clock_changes_nothing(turns):
     dense, deployed = [ours for ours, _ in turns], [theirs for _, theirs in turns]
     ratio, (low, high) = speed_up(dense, deployed)

@@ -109,8 +109,9 @@ def cache_size(device: torch.device) -> int:
 
 
 def cold_inputs(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The batches, and after them copies of all of them, again and again, until they exceed the cache CACHES times. To be used
-    in turn: so every batch is used equally often, and each is out of the cache by then, as a served model's input is."""
+    """The batches, and after them copies of all of them, again and again, until they exceed the cache CACHES times. To
+    be used in turn: so every batch is used equally often, and each is out of the cache by then, as a served model's
+    input is."""
     missing = CACHES * cache_size(batches[0].device)
     passes = 1 + missing // max(sum(batch.nbytes for batch in batches), 1)
     return [*batches, *(batch.clone() for _ in range(passes - 1) for batch in batches)]
