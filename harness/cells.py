@@ -25,6 +25,7 @@ class Cell:
     method: methods.Method = field(repr=False)
     seed: int
     phases: dict[str, str] = field(default_factory=dict)  # files that phases' results are taken from
+    control: bool = False  # see spec.Entry
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -42,18 +43,18 @@ class Run:
 
     def cells(self) -> list[Cell]:
         """All cells, seed by seed, the dense baseline and dense+ first. UserError for wrong settings."""
-        rows: list[tuple[str, methods.Method, dict[str, str]]] = []
+        rows: list[tuple[str, methods.Method, dict[str, str], bool]] = []
         for entry in (*baseline_entries(), *self.entries):
             for label, method in expand(entry):
                 given = self._given(entry)
-                if any(method.name == m.name and method.settings == m.settings and given == g for _, m, g in rows):
+                if any(method.name == m.name and method.settings == m.settings and given == g for _, m, g, _ in rows):
                     continue
-                if any(label == other for other, _, _ in rows):
+                if any(label == other for other, *_ in rows):
                     raise UserError(
                         f"{self.name}: two rows are called {label!r}; give one of the entries another label"
                     )
-                rows.append((label, method, given))
-        return [Cell(label, method, seed, phases) for seed in self.spec.seeds for label, method, phases in rows]
+                rows.append((label, method, given, entry.control))
+        return [Cell(label, method, seed, *rest) for seed in self.spec.seeds for label, method, *rest in rows]
 
     def _given(self, entry: Entry) -> dict[str, str]:
         """The entry's files for phases, relative ones from the spec's folder."""

@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import methods
-from harness import records, stats
-from harness.packing import unpack
+from harness import compare, records, stats
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, tables_of
 
@@ -22,7 +19,7 @@ COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_
 
 
 @dataclass
-class Row:
+class Row(compare.Compared):
     """One method with its settings, over all seeds that were run."""
 
     label: str
@@ -37,9 +34,6 @@ class Row:
     macs_executed: float
     params: int
     params_nonzero: int
-    difference: float | None = None  # of top-1 to dense+, over the common seeds
-    difference_interval: tuple[float, float] | None = None
-    p_value: float | None = None  # Holm-corrected; None where nothing is claimed
     pareto: bool = False
     speeds: dict[Timing, Speed] = field(default_factory=dict)
     verdict: str | None = None  # why it is slower than its formula
@@ -47,7 +41,6 @@ class Row:
     estimates: dict[str, tuple[float, str]] = field(
         default_factory=dict
     )  # microseconds that nobody measured; by whose model
-    is_reference: bool = False
     ema_top1: float | None = None  # of the averaged weights; None where a seed has none
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
     device_hours: float | None = None
@@ -99,10 +92,9 @@ def _table(name: str, context_id: str, group: list[Record], timed: TimedOn | Non
     for record in group:
         if record["revision"] == newest[_who(record)]:
             by_row[_who(record)].append(record)
-    reference = next((found for found in by_row.values() if _is_reference(found[0])), None)
-    rows = [_row(found, reference, measures) for found in by_row.values()]
+    rows = [_row(found, by_row, measures) for found in by_row.values()]
     parts = {row.label: found[0]["cost"].get("parts", {}) for row, found in zip(rows, by_row.values(), strict=True)}
-    _correct(rows)
+    compare.correct(rows)
     for row, best in zip(rows, stats.pareto([(row.macs_executed, row.top1) for row in rows]), strict=True):
         row.pareto = best
     rows.sort(key=lambda row: (-row.top1, row.macs_executed, row.label))
@@ -123,14 +115,18 @@ def _who(record: Record) -> str:
     return json.dumps([record["method"], record["settings"], record.get("given")], sort_keys=True)
 
 
-def _is_reference(record: Record) -> bool:
-    """Whether this is dense+."""
-    name, settings = methods.REFERENCE
-    return record["method"] == name and settings.items() <= record["settings"].items() and "given" not in record
+def _seeds(found: list[Record]) -> list[Record]:
+    """A row's records in the order of their seeds; a seed counts once."""
+    return list({record["seed"]: record for record in sorted(found, key=_order)}.values())
 
 
-def _row(found: list[Record], reference: list[Record] | None, measures: list[Record]) -> Row:
-    found = list({record["seed"]: record for record in sorted(found, key=_order)}.values())  # a seed counts once
+def _named(by_row: dict[str, list[Record]], named: tuple[str, dict[str, Any]]) -> list[Record] | None:
+    """The records of dense or of dense+."""
+    return next((_seeds(found) for found in by_row.values() if compare.is_row(found[0], named)), None)
+
+
+def _row(found: list[Record], by_row: dict[str, list[Record]], measures: list[Record]) -> Row:
+    found = _seeds(found)
     first = found[0]
     top1, interval = stats.mean_interval([record["top1"] for record in found])
     costs = {key: statistics.mean(record["cost"][key] for record in found) for key in COUNTED}
@@ -138,7 +134,7 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
         label=first["label"], method=first["method"], settings=first["settings"], seeds=[record["seed"] for record in found],
         top1=top1, top1_interval=interval, top5=statistics.mean(record["top5"] for record in found),
         macs_dense=costs["macs_dense"], macs_theoretical=costs["macs_theoretical"], macs_executed=costs["macs_executed"],
-        params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]), is_reference=_is_reference(first),
+        params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]),
     )  # fmt: skip
     row.numbers = _means([record.get("report", {}).get("numbers", {}) for record in found])
     row.macs_authors = _mean([record.get("report", {}).get("authors", {}).get("macs") for record in found])
@@ -146,8 +142,7 @@ def _row(found: list[Record], reference: list[Record] | None, measures: list[Rec
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])
-    if reference is not None and not row.is_reference:
-        _compare(row, found, reference)
+    row.remarks += compare.compare(row, found, _named(by_row, methods.REFERENCE), _named(by_row, methods.BASELINE))
     row.speeds = _speeds(row, found, measures)
     row.macs_executed = executed(row.macs_executed, row.speeds.values())
     _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])
@@ -175,28 +170,6 @@ def _sum(record: Record, key: str) -> float | None:
 
 def _mean(values: list[float | None]) -> float | None:
     return statistics.mean(values) if None not in values else None
-
-
-def _compare(row: Row, found: list[Record], reference: list[Record]) -> None:
-    """Fills in the difference to dense+ over the seeds that both have; a test only from three seeds on."""
-    theirs = {record["seed"]: record for record in reference}
-    pairs = [(_correct_images(ours), _correct_images(theirs[ours["seed"]])) for ours in found if ours["seed"] in theirs]
-    if not pairs:
-        return
-    row.difference = float(np.mean([a.mean() - b.mean() for a, b in pairs]))
-    if len(pairs) >= stats.MIN_SEEDS:
-        row.difference, row.difference_interval, row.p_value = stats.paired_bootstrap(pairs)
-
-
-def _correct_images(record: Record) -> np.ndarray:
-    return unpack(record["correct"], record["test_images"])
-
-
-def _correct(rows: list[Row]) -> None:
-    """Holm's correction over all rows of the table that are tested."""
-    tested = [row for row in rows if row.p_value is not None]
-    for row, adjusted in zip(tested, stats.holm([row.p_value for row in tested]), strict=True):
-        row.p_value = adjusted
 
 
 def _speeds(row: Row, found: list[Record], measures: list[Record]) -> dict[Timing, Speed]:

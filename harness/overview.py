@@ -55,7 +55,7 @@ HEADLINE = (
 
 def show_record(record: dict[str, Any]) -> None:
     """The facts of a record; long lists are shortened."""
-    hidden = {"correct", "raw_ms", "traceback"}
+    hidden = {"correct", "untrained_correct", "raw_ms", "traceback"}
     order = [*(key for key in HEADLINE if key in record), *(key for key in record if key not in HEADLINE)]
     for line in _lines({key: record[key] for key in order if key not in hidden}, ""):
         typer.echo(line)

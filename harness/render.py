@@ -14,7 +14,7 @@ from harness import surveyshown
 from harness.leaderboard import Row, Table
 from harness.records import write_atomically
 from harness.speeds import NOISY, Timing, absences, column_names, marks
-from harness.stats import MIN_SEEDS
+from harness.stats import LEVEL, MIN_SEEDS
 from harness.surveyboard import SurveyTable
 from harness.timedon import is_old, told
 from harness.verdict import REALISED_LIMIT
@@ -31,8 +31,12 @@ FOOTER = f"""
 **How to read this.**
 *top-1*: test accuracy of the deployed model after the last step, mean over seeds with the 95 % t-interval.
 *Δ dense+*: difference in points to dense+, the dense network trained on for the same adaptation budget with the common
-recipe. From {MIN_SEEDS} seeds on with the 95 % interval of a paired bootstrap over seeds and images and Holm's p-value over
-the rows of the table; `*` marks p < 0.05. With fewer seeds the difference is shown, and nothing is claimed (†).
+recipe. From {MIN_SEEDS} seeds on with a 95 % interval that allows for both sources of chance, seeds and test images, and with
+a p-value (Student's t) adjusted by Holm's method for the number of trained rows in the table; `*` marks p < {LEVEL}. With
+fewer seeds the difference is shown, and nothing is claimed (†). *control* (dense itself, what prunes nothing, what the
+spec calls one) and *untrained* rows have an interval and no test. ‡: off the shelf, given weights and no training, the same
+for every seed: compared with dense, the network it was made from, by McNemar's exact test (adjusted for the number of such
+rows) with Tango's interval; the only source of chance is the test images, so it is a claim about this network alone.
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
@@ -147,11 +151,17 @@ def _difference(row: Row) -> str:
     if row.difference is None:
         return ""
     text = f"{row.difference * 100:+.2f}"
+    if row.p_value is not None and row.p_value < LEVEL:
+        text += "*"
+    if row.compared_with == "dense":
+        text += " to dense"
     if row.difference_interval is None:
-        return text + " †"
-    low, high = row.difference_interval
-    star = "*" if row.p_value < 0.05 else ""
-    return f"{text}{star} [{low * 100:+.2f}, {high * 100:+.2f}] p={row.p_value:.2g}"
+        text += " †"
+    else:
+        text += " [{:+.2f}, {:+.2f}]".format(*(100 * bound for bound in row.difference_interval))
+    if row.p_value is None:
+        return text if row.standing == "trained" else f"{text} {row.standing}"
+    return f"{text} p={row.p_value:.2g}" + (" ‡" if row.test == "mcnemar" else "")
 
 
 def _speed(row: Row, timing: Timing) -> str:
@@ -198,7 +208,7 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "benchmark": table.benchmark, "context": table.context_id, "data": table.context["data"]["card"],
                 "backbone": table.context["backbone"]["name"], "label": row.label, "method": row.method,
                 "settings": row.settings, "seeds": len(row.seeds), "top1": row.top1, "top1_interval": row.top1_interval,
-                "top5": row.top5, "difference": row.difference, "p_value": row.p_value, "macs_dense": row.macs_dense,
+                "top5": row.top5, **_claim(row), "macs_dense": row.macs_dense,
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
@@ -207,6 +217,16 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))
+
+
+def _claim(row: Row) -> dict[str, str | float | None]:
+    """How a row compares, for `frame`."""
+    low, high = row.difference_interval or (None, None)
+    return {
+        "standing": row.standing, "compared_with": None if row.is_reference else row.compared_with, "difference": row.difference,
+        "difference_low": low, "difference_high": high, "p_value": row.p_value, "test": row.test,
+        "degrees_of_freedom": row.freedom,
+    }  # fmt: skip
 
 
 def write_markdown(tables: list[Table], surveys: Sequence[SurveyTable], path: Path) -> None:

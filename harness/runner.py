@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import methods
 from harness import cost, measuring, models, workers
@@ -30,6 +30,7 @@ from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
 from harness.training.journal import require_tensorboard
 from harness.training.optimizers import check_recipe
 from harness.training.stepper import Diverged
+from harness.untrained import evaluate_untrained
 from methods.core.registry import loaded_plugins
 
 
@@ -128,8 +129,9 @@ class Runner:
         if self.fresh:  # then the same command without --fresh goes on where this one stops
             self.store.forget(record_id, self.identity.weights_id(cell))
         record = self.store.read(record_id)
-        if record is not None and record["label"] != cell.label:  # a row may be renamed; what was measured stays
-            record["label"] = cell.label
+        told = {"label": cell.label, "control": cell.control}  # a row may be renamed; what was measured stays
+        if record is not None and any(record.get(key, False) != value for key, value in told.items()):
+            record |= told
             self.store.write(record)
         return record
 
@@ -158,6 +160,9 @@ class Runner:
                 "ema": self._evaluate(cell.method.deploy(trained.averaged), "test")
                 if trained.averaged is not None
                 else None,
+                "untrained": evaluate_untrained(
+                    self.trainer, cell, name, trained, self._counted_images(), lambda model: self._evaluate(model, "test")
+                ),
             }
         return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results))
 
@@ -167,15 +172,16 @@ class Runner:
     def _write_record(
         self, cell: Cell, record_id: str, trained: Trained, deployed: nn.Module, results: dict[str, Evaluation | None]
     ) -> dict[str, Any]:
-        images = next(self.data.eval_batches(self._held_out, self.spec.measure.images, torch.device("cpu"))).images
+        images = self._counted_images()
         vit = self.trainer.build(cell.seed, 0.0)
         sparse, on_cpu = to_cpu(trained.sparse), to_cpu(deployed)
-        test, val, averaged = results["test"], results["val"], results["ema"]
+        test, val, averaged, before = results["test"], results["val"], results["ema"], results["untrained"]
         record = {
             "id": record_id, "kind": "train", "weights_id": self.identity.weights_id(cell), "label": cell.label, "seed": cell.seed,
-            **self.identity.method_of(cell), "context": self.identity.context, "context_id": identify(self.identity.context),
+            "control": cell.control, **self.identity.method_of(cell), "context": self.identity.context, "context_id": identify(self.identity.context),
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
             "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
+            "untrained_top1": before.top1 if before else None, "untrained_correct": pack(before.correct) if before else None,
             "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
             "report": summary(cell.method.report(sparse, images), vit.patch_embed.grid_size), "phases": trained.phases,
             "unreadable": list(trained.unreadable),
@@ -235,6 +241,10 @@ class Runner:
             count = max(measuring.TIMED, *self.spec.measure.batch_sizes)
             torch.save(next(self.data.eval_batches(self._held_out, count, torch.device("cpu"))).images, path)
         return path
+
+    def _counted_images(self) -> Tensor:
+        """The images that costs are counted on."""
+        return next(self.data.eval_batches(self._held_out, self.spec.measure.images, torch.device("cpu"))).images
 
     @property
     def _held_out(self) -> str:

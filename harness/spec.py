@@ -137,12 +137,14 @@ class Training(Strict):
 class Entry(Strict):
     """A row: a method, its settings (a list that the setting itself does not take is a sweep), and the row's label, in
     which {setting} stands for that setting's value. phases: files with what a phase of that name makes (an artifact or a
-    checkpoint of an earlier run, or the authors' checkpoint), to start after it."""
+    checkpoint of an earlier run, or the authors' checkpoint), to start after it. control: whether the row is there to compare
+    with rather than to be judged; a control is not tested, and does not count among the rows that are."""
 
     method: str
     settings: dict[str, Any] = {}
     label: str | None = None
     phases: dict[str, str] = {}
+    control: bool = False
 
 
 MeasuredDtype = Literal["auto", "float32", "tf32", "bfloat16", "float16"]

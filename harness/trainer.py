@@ -80,6 +80,16 @@ class Trainer:
         self._trained[weights_id] = trained
         return trained
 
+    def untrained(self, cell: Cell, name: str) -> nn.Module | None:
+        """The cell's model before its training, in the form that trains; None where it does not start from a dense network,
+        or where that one's checkpoint is gone."""
+        if cell.method.start != "dense":
+            return None
+        path = self.store.checkpoint(self.identity.weights_id(self.identity.dense_cell(cell)))
+        if not self.cluster.share(path.exists):
+            return None
+        return self._sparse(cell, self._dense(cell, name)).to(self.plan.device).eval()
+
     def forget_others(self, cell: Cell) -> None:
         """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
         dense = self.identity.weights_id(self.identity.dense_cell(cell))
