@@ -122,17 +122,21 @@ def _joint(outcomes: np.ndarray) -> np.ndarray:
 
 def families(case: Case, rows: int, replicates: int, generator: np.random.Generator) -> Iterator[Moments]:
     """Tables of `rows` rows, none of them truly different, that share the reference: of each table the moments [rows]."""
-    doubtful = round(case.images * DOUBTFUL)
-    logits = offset_of(0.0) + HARDNESS * nodes(doubtful)
+    each = round(case.images * DOUBTFUL / 40)  # images of one hardness
+    logits = offset_of(0.0) + HARDNESS * nodes(40)
     bits = np.random.SFC64(generator.integers(2**63))
     for _ in range(replicates):
         moved = shifts(case, (rows + 1, case.seeds, 1), generator)
-        limits = (expit(logits + moved) * 2**16).astype(np.uint16)  # [rows + 1, seeds, doubtful images]
+        limits = np.repeat((expit(logits + moved) * 2**16).astype(np.uint16), each, axis=-1)
         draws = bits.random_raw(-(-limits.size // 4)).view(np.uint16)[: limits.size].reshape(limits.shape)
-        right = (draws < limits).view(np.int8)
-        table = right[1:] - right[0]
-        by_image = table.sum(axis=1, dtype=np.int8).astype(np.int16)
-        yield stats.crossed_error(
-            table.sum(axis=2, dtype=np.int64), (by_image**2).sum(axis=1, dtype=np.int64),
-            np.count_nonzero(table, axis=(1, 2)), case.images,
-        )  # fmt: skip
+        right = draws < limits  # [rows + 1, seeds, doubtful images]
+        yield stats.crossed_error(*_sums(right[1:], right[0]), case.images)
+
+
+def _sums(right: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sums that `stats.crossed_error` wants of rows [rows, seeds, images] and a reference [seeds, images], both bool."""
+    theirs = [np.count_nonzero(one) for one in reference]
+    by_seed = np.array([[np.count_nonzero(one) for one in row] for row in right]) - theirs
+    different = np.array([np.count_nonzero(row) for row in right != reference])
+    by_image = sum(right[:, seed].view(np.int8) - reference[seed].view(np.int8) for seed in range(len(reference)))
+    return by_seed, (by_image * by_image).sum(axis=1, dtype=np.int64), different
