@@ -35,8 +35,17 @@ class Compared:
         return self.standing == "reference"
 
 
-def is_row(record: Record, named: tuple[str, dict[str, Any]]) -> bool:
-    """Whether a record is one of the two rows that every run has, methods.BASELINE or methods.REFERENCE."""
+def is_reference(record: Record) -> bool:
+    """Whether this is dense+."""
+    return _is_row(record, methods.REFERENCE)
+
+
+def is_baseline(record: Record) -> bool:
+    """Whether this is dense, which every method starts from."""
+    return _is_row(record, methods.BASELINE) and not is_reference(record)
+
+
+def _is_row(record: Record, named: tuple[str, dict[str, Any]]) -> bool:
     name, settings = named
     return record["method"] == name and settings.items() <= record["settings"].items() and "given" not in record
 
@@ -44,10 +53,10 @@ def is_row(record: Record, named: tuple[str, dict[str, Any]]) -> bool:
 def standing_of(record: Record) -> Standing:
     """What a record's row is: a control is the baseline, what a spec calls one, and what prunes nothing; untrained is what
     took no training step of its own."""
-    if is_row(record, methods.REFERENCE):
+    if is_reference(record):
         return "reference"
     ratio = record["cost"]["macs_theoretical"] / record["cost"]["macs_dense"]
-    if is_row(record, methods.BASELINE) or record.get("control") or abs(ratio - 1) <= SAME_COST:
+    if is_baseline(record) or record.get("control") or abs(ratio - 1) <= SAME_COST:
         return "control"
     return "trained" if _was_trained(record) else "untrained"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import methods
 from harness import compare, records, stats
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, tables_of
@@ -92,7 +92,8 @@ def _table(name: str, context_id: str, group: list[Record], timed: TimedOn | Non
     for record in group:
         if record["revision"] == newest[_who(record)]:
             by_row[_who(record)].append(record)
-    rows = [_row(found, by_row, measures) for found in by_row.values()]
+    others = _first(by_row, compare.is_reference), _first(by_row, compare.is_baseline)
+    rows = [_row(found, others, measures) for found in by_row.values()]
     parts = {row.label: found[0]["cost"].get("parts", {}) for row, found in zip(rows, by_row.values(), strict=True)}
     compare.correct(rows)
     for row, best in zip(rows, stats.pareto([(row.macs_executed, row.top1) for row in rows]), strict=True):
@@ -120,12 +121,13 @@ def _seeds(found: list[Record]) -> list[Record]:
     return list({record["seed"]: record for record in sorted(found, key=_order)}.values())
 
 
-def _named(by_row: dict[str, list[Record]], named: tuple[str, dict[str, Any]]) -> list[Record] | None:
-    """The records of dense or of dense+."""
-    return next((_seeds(found) for found in by_row.values() if compare.is_row(found[0], named)), None)
+def _first(by_row: dict[str, list[Record]], is_it: Callable[[Record], bool]) -> list[Record] | None:
+    """The records of the row that is it; None where there is none."""
+    return next((_seeds(found) for found in by_row.values() if is_it(found[0])), None)
 
 
-def _row(found: list[Record], by_row: dict[str, list[Record]], measures: list[Record]) -> Row:
+def _row(found: list[Record], others: tuple[list[Record] | None, list[Record] | None], measures: list[Record]) -> Row:
+    """others: the records of dense+ and of dense."""
     found = _seeds(found)
     first = found[0]
     top1, interval = stats.mean_interval([record["top1"] for record in found])
@@ -142,7 +144,7 @@ def _row(found: list[Record], by_row: dict[str, list[Record]], measures: list[Re
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])
-    row.remarks += compare.compare(row, found, _named(by_row, methods.REFERENCE), _named(by_row, methods.BASELINE))
+    row.remarks += compare.compare(row, found, *others)
     row.speeds = _speeds(row, found, measures)
     row.macs_executed = executed(row.macs_executed, row.speeds.values())
     _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])

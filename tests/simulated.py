@@ -87,7 +87,9 @@ def comparisons(case: Case, replicates: int, generator: np.random.Generator) -> 
     """Independent comparisons of a row with the reference. Images are alike before anyone has seen them, so the numbers of
     images by their outcomes over the seeds are one multinomial draw."""
     patterns = np.array(list(product(OUTCOMES, repeat=case.seeds)))  # of one image over the seeds
-    chances = _chances(case, shifts(case, (2, replicates, case.seeds), generator))
+    moved = shifts(case, (2, replicates, case.seeds), generator)
+    parts = np.array_split(moved, -(-replicates // 500), axis=1)  # what fits into the caches
+    chances = np.concatenate([_chances(case, part) for part in parts])
     counts = generator.multinomial(case.images, chances)
     sums, squares = patterns.sum(axis=1), (patterns**2).sum(axis=1)
     found = stats.crossed_error(counts @ patterns, counts @ sums**2, counts @ squares, case.images)

@@ -38,6 +38,8 @@ def test_a_run_trains_measures_and_ranks(finished):
     assert sparse["report"]["tokens"]["keys"] == [17, 10, 6, 4]
     assert [phase["name"] for phase in sparse["phases"]] == ["prune"]
     assert {"classification", "ratio", "distillation", "token"} <= sparse["phases"][0]["curve"][0].keys()
+    assert train["dense+"]["untrained_correct"] == train["dense"]["correct"]  # where its training starts
+    assert (train["dense"]["untrained_top1"], sparse["untrained_top1"] is None) == (None, False)
     for record in found:
         assert record["where"]["packages"]["torch"]
         assert str(ROOT) not in json.dumps({key: value for key, value in record.items() if key != "context"})
@@ -77,20 +79,22 @@ def test_rows_can_be_renamed_and_checkpoints_stand_in_for_training(finished, tin
     copied = tmp_path / "results"
     shutil.copytree(results, copied)
     spec = yaml.safe_load(tiny_spec_file.read_text())
-    spec["entries"][0]["label"] = "mine [b]"
+    spec["entries"][0] |= {"label": "mine [b]", "control": True}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(spec))
     renamed = bench("--spec", tmp_path / "tiny.yaml", "--results", copied)
     assert renamed.returncode == 0, renamed.stderr
     assert renamed.stdout.count("present") == 3
     assert "mine [b]" in renamed.stdout.splitlines()[-4] + renamed.stdout
-    assert "| mine [b]" in (copied / "leaderboard.md").read_text()
+    (line,) = (line for line in (copied / "leaderboard.md").read_text().splitlines() if line.startswith("| mine [b]"))
+    assert " control |" in line
     shutil.rmtree(copied / "tiny")
     again = bench("--spec", tmp_path / "tiny.yaml", "--results", copied)
     assert again.returncode == 0, again.stderr
     assert "training" not in again.stdout
     before, after = records(results), records(copied)
     for name in set(before) & set(after):
-        assert before[name].get("loss") == after[name].get("loss")
+        for key in ("loss", "untrained_top1", "untrained_correct"):
+            assert before[name].get(key) == after[name].get(key)
 
 
 def test_what_depends_on_a_failed_dense_network_is_tried_again(tmp_path, tiny_spec_file):
