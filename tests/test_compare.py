@@ -134,6 +134,12 @@ def test_untrained_rows_of_dense_networks_trained_here_have_their_chance_too(tmp
     assert (row.standing, row.test, row.compared_with, row.p_value) == ("untrained", "crossed", "dense+", None)
 
 
+def test_one_dense_network_trained_here_is_no_given_one(tmp_path):
+    fill(tmp_path, seeds=(0,))
+    add(tmp_path, "pruned", lambda seed: changed(reference(seed), lost=300), seeds=(0,), phases=[])
+    assert line_of(tmp_path, "pruned") == "-15.00 † untrained"
+
+
 def test_numbers_say_what_was_tested(tmp_path):
     fill(tmp_path)
     add(tmp_path, "worse", lambda seed: changed(reference(seed), lost=300))

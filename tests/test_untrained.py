@@ -48,6 +48,8 @@ def test_it_is_the_dense_network_after_surgery(cells):
     found = untrained(trainer, by_name["toy"])
     dense = trainer.untrained(by_name["toy"], "")
     assert np.array_equal(found.correct, on_test(trainer)(by_name["toy"].method.deploy(dense)).correct)
+    start = trainer.weights(by_name["dense"], "").sparse
+    assert all((a == b).all() for a, b in zip(dense.parameters(), start.parameters(), strict=True))
     trained = trainer.weights(by_name["toy"], "")
     assert any((a != b).any() for a, b in zip(dense.parameters(), trained.sparse.parameters(), strict=True))
     again = untrained(trainer, by_name["toy"])
