@@ -161,7 +161,7 @@ class Runner:
                 if trained.averaged is not None
                 else None,
                 "untrained": evaluate_untrained(
-                    self.trainer, cell, name, trained, self._counted_images(), lambda model: self._evaluate(model, "test")
+                    self.trainer, cell, name, trained, self._counted_images(), self._evaluate
                 ),
             }
         return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results))

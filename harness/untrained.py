@@ -22,7 +22,7 @@ def evaluate_untrained(
     name: str,
     trained: Trained,
     images: Tensor,
-    evaluate: Callable[[nn.Module], Evaluation],
+    evaluate: Callable[[nn.Module, str], Evaluation],
 ) -> Evaluation | None:
     """The accuracy of the cell's deployed model off the shelf: the dense network after the method's surgery alone.
 
@@ -43,7 +43,7 @@ def evaluate_untrained(
         is_usable = False
     if trainer.cluster.any(not is_usable):
         return None
-    return _evaluated(lambda: evaluate(deployed), trainer.cluster)
+    return _evaluated(lambda: evaluate(deployed, "test"), trainer.cluster)
 
 
 def _prunes_as_much(trainer: Trainer, cell: Cell, before: nn.Module, after: nn.Module, images: Tensor) -> bool:

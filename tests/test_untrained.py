@@ -10,6 +10,7 @@ from test_interruption import trainer_of
 from harness.evaluate import evaluate
 from harness.untrained import evaluate_untrained
 
+EARLY = TOY.replace("toy", "early").replace("Toy", "Early")  # prunes from the beginning
 LATE = (  # prunes only once its training begins: what is there before is dense
     TOY.replace("toy", "late")
     .replace("Toy", "Late")
@@ -24,35 +25,35 @@ LATE = (  # prunes only once its training begins: what is there before is dense
 def cells(tmp_path_factory, tiny_data):
     """What trains them, and a cell of each kind by its method's name."""
     folder = tmp_path_factory.mktemp("untrained")
-    plugins = [written(folder, name, text) for name, text in (("late", LATE), ("toy", TOY))]
+    plugins = [written(folder, name, text) for name, text in (("late", LATE), ("early", EARLY))]
     manual = {"method": "sttabt", "settings": {"variant": "manual"}}
-    entries = [{"method": name} for name in ("toy", "late", "random")] + [manual]
+    entries = [{"method": name} for name in ("early", "late", "random")] + [manual]
     content = tiny_spec(tiny_data, entries=entries, plugins=[str(plugin) for plugin in plugins])
     (folder / "kinds.yaml").write_text(yaml.safe_dump(content))
     run, trainer = trainer_of(folder / "kinds.yaml", plugins[0], folder / "results")
     return trainer, {cell.method.name: cell for cell in reversed(run.cells())}  # of dense and dense+ the first
 
 
-def on_test(trainer):
-    return lambda model: evaluate(model, trainer.data, "test", trainer.plan)
+def evaluation(trainer):
+    return lambda model, split: evaluate(model, trainer.data, split, trainer.plan)
 
 
 def untrained(trainer, cell):
     trained = trainer.weights(cell, cell.label)
     images = next(trainer.data.eval_batches("val", 4, torch.device("cpu"))).images
-    return evaluate_untrained(trainer, cell, cell.label, trained, images, on_test(trainer))
+    return evaluate_untrained(trainer, cell, cell.label, trained, images, evaluation(trainer))
 
 
 def test_it_is_the_dense_network_after_surgery(cells):
     trainer, by_name = cells
-    found = untrained(trainer, by_name["toy"])
-    dense = trainer.untrained(by_name["toy"], "")
-    assert np.array_equal(found.correct, on_test(trainer)(by_name["toy"].method.deploy(dense)).correct)
+    found = untrained(trainer, by_name["early"])
+    dense = trainer.untrained(by_name["early"], "")
+    assert np.array_equal(found.correct, evaluation(trainer)(by_name["early"].method.deploy(dense), "test").correct)
     start = trainer.weights(by_name["dense"], "").sparse
     assert all((a == b).all() for a, b in zip(dense.parameters(), start.parameters(), strict=True))
-    trained = trainer.weights(by_name["toy"], "")
+    trained = trainer.weights(by_name["early"], "")
     assert any((a != b).any() for a, b in zip(dense.parameters(), trained.sparse.parameters(), strict=True))
-    again = untrained(trainer, by_name["toy"])
+    again = untrained(trainer, by_name["early"])
     assert np.array_equal(found.correct, again.correct)
     assert found.loss == again.loss
 
@@ -77,7 +78,7 @@ def test_a_method_that_cannot_be_deployed_untrained_keeps_its_row(cells, monkeyp
     if where != "forward":
         monkeypatch.setattr(type(cell.method), where, refuse)
     images = next(trainer.data.eval_batches("val", 4, torch.device("cpu"))).images
-    evaluated = refuse if where == "forward" else on_test(trainer)
+    evaluated = refuse if where == "forward" else evaluation(trainer)
     assert evaluate_untrained(trainer, cell, cell.label, trained, images, evaluated) is None
 
 
