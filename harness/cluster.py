@@ -102,6 +102,12 @@ class Cluster:
         flat = torch.cat([p.grad.flatten() for p in bucket])
         return bucket, flat, distributed.all_reduce(flat, async_op=True)
 
+    def raise_any(self, error: Exception | None) -> None:
+        """Ends something that may have failed in some processes: all raise the error of the first of them; nothing happens where there
+        is none."""
+        if self.any(error is not None):
+            raise agreed(next(found for found in self.gather(error and portable(error)) if found is not None))
+
     def share(self, function: Callable[[], Result]) -> Result:
         """What the first process gets from the function, which the others do not call. Its exception is raised by all."""
         if self.size == 1:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.formula import theoretical, theoretical_macs
 from harness.macs import Count
+from harness.records import COUNT_REVISION
 from harness.trace import traced, traced_macs
 from methods import Method, Report
 from methods.core.vit import dense_report
@@ -22,24 +23,28 @@ from methods.core.vit import dense_report
 @dataclass(frozen=True)
 class Costs:
     """Per image: of the untouched backbone, by formula (None where more than products is counted: a report says nothing of
-    norms), and executed by the deployed model, means over `images` images if they differ. params: of the deployed model; params_nonzero:
+    norms), and executed by the deployed model, means over the images that each was counted on. params: of the deployed model; params_nonzero:
     those of them that no mask has set to zero; params_theoretical: of the form that trains, what is masked left out, as papers count."""
 
     dense: Count
     theoretical: Count | None
     executed: Count
-    images: int
     params: int
     params_nonzero: int
     params_theoretical: int
 
     def record(self) -> dict[str, Any]:
-        """Whole numbers where it is about one image; parts and blocks beside the totals."""
+        """Whole numbers where it is about one image; parts and blocks beside the totals. macs_images: how many images the means are over, 1 where none
+        differs; macs_error: standard errors of the means."""
         counts = {"dense": self.dense, "theoretical": self.theoretical, "executed": self.executed}
         there = {name: count for name, count in counts.items() if count is not None}
+        of_images = {name: count for name, count in there.items() if name != "dense"}
         return {
             **{f"macs_{name}": count.total if count is not None else None for name, count in counts.items()},
-            "macs_spread": {name: round(count.spread) for name, count in there.items()}, "macs_images": self.images,
+            "macs_spread": {name: round(count.spread) for name, count in there.items()},
+            "macs_error": {name: round(count.error) for name, count in of_images.items()},
+            "macs_images": {name: count.images if count.spread else 1 for name, count in of_images.items()},
+            "count_revision": COUNT_REVISION,
             "parts": {name: _rounded(count.parts) for name, count in there.items()},
             "blocks": {name: [_rounded(block) for block in count.blocks] for name, count in there.items()},
             "params": self.params, "params_nonzero": self.params_nonzero, "params_theoretical": self.params_theoretical,
@@ -51,13 +56,21 @@ def _rounded(parts: dict[str, float]) -> dict[str, int]:
 
 
 def count(
-    method: Method, vit: nn.Module, sparse: nn.Module, deployed: nn.Module, images: Tensor, also: Iterable[str] = ()
+    method: Method,
+    vit: nn.Module,
+    sparse: nn.Module,
+    deployed: nn.Module,
+    images: Tensor,
+    also: Iterable[str] = (),
+    theory: Count | None = None,
 ) -> Costs:
     """All costs of a method on a backbone; the report and the trace see `images` [B, 3, H, W], a mean over which is taken
-    where they differ. `also`: operations besides products that the two traces count (see `harness.trace.ALSO`)."""
+    where they differ. `also`: operations besides products that the two traces count (see `harness.trace.ALSO`). theory: by formula of a whole split, where that was
+    collected (see `harness.tally`)."""
     sparse = sparse.eval()
     report = method.report(sparse, images)
-    looked_at = images if varies(report) else images[:1]
+    theory = theory or theoretical(vit, report, images.shape[-2:])
+    looked_at = images if varies(report) or theory.spread else images[:1]  # a few images may happen to be alike
     shapes = {name: p.shape for name, p in sparse.named_parameters()}
     whole = {
         name for name, p in deployed.named_parameters() if p.shape == shapes.get(name)
@@ -65,9 +78,8 @@ def count(
     overhead = {extra.name: extra.block for extra in report.overhead if extra.block is not None}
     return Costs(
         dense=traced(vit, images[:1], also),
-        theoretical=None if also else theoretical(vit, report, images.shape[-2:]),
+        theoretical=None if also else theory,
         executed=traced(deployed, looked_at, also, overhead),
-        images=len(looked_at),
         params=sum(p.numel() for p in deployed.parameters()),
         params_nonzero=_kept(deployed, {name: share for name, share in report.weight_density.items() if name in whole}),
         params_theoretical=_kept(sparse, report.weight_density),

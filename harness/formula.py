@@ -9,16 +9,17 @@ from harness.macs import Count, Parts
 from methods import Report
 
 
-def theoretical(vit: nn.Module, report: Report, image_size: tuple[int, int]) -> Count:
-    """What the paper would print: kept tokens, heads, attention entries and weights, plus all overhead."""
+def theoretical(vit: nn.Module, report: Report, image_size: tuple[int, int], images: int | None = None) -> Count:
+    """What the paper would print: kept tokens, heads, attention entries and weights, plus all overhead. images: how many the report is about, where a report
+    of [1] stands for them all; None: as many as it has values for."""
     if len(report.blocks) != len(vit.blocks):
         raise ValueError(f"the report has {len(report.blocks)} blocks, the backbone {len(vit.blocks)}")
     blocks: list[Parts] = [block_macs(block, report, index) for index, block in enumerate(vit.blocks)]
     outside = _outside_blocks(vit, report, image_size)
     for extra in report.overhead:
         place = outside if extra.block is None else blocks[extra.block]
-        place["overhead"] = place.get("overhead", 0.0) + extra.macs.double()
-    return Count.of(outside, blocks)
+        place["overhead"] = place.get("overhead", 0.0) + extra.macs.double().cpu()
+    return Count.of(outside, blocks, images)
 
 
 def theoretical_macs(vit: nn.Module, report: Report, image_size: tuple[int, int]) -> float:
@@ -29,14 +30,16 @@ def theoretical_macs(vit: nn.Module, report: Report, image_size: tuple[int, int]
 def block_macs(block: nn.Module, report: Report, index: int) -> Parts:
     """One block's multiply-adds for each image: projections (qkv, proj), attention (Q K^T and the product with V), mlp."""
     entry, attention = report.blocks[index], block.attn
-    keys, queries, mlp = (x.double() for x in (entry.keys, entry.queries, entry.mlp))
+    keys, queries, mlp = (x.double().cpu() for x in (entry.keys, entry.queries, entry.mlp))
     heads, width = attention.num_heads, attention.head_dim * attention.num_heads
     alive = 1.0 if entry.active_heads is None else float(entry.active_heads.double().mean())
     if entry.attention_density is None:
         density: float | Tensor = alive
     else:
-        per_head = entry.attention_density.double()
-        active = torch.ones(heads, dtype=torch.float64) if entry.active_heads is None else entry.active_heads.double()
+        per_head = entry.attention_density.double().cpu()
+        active = (
+            torch.ones(heads, dtype=torch.float64) if entry.active_heads is None else entry.active_heads.double().cpu()
+        )
         density = (per_head * active).sum(dim=-1) / heads
     name = f"blocks.{index}."
     qkv = _dense_weight(report, name + "attn.qkv.weight", attention.qkv) * alive / 3

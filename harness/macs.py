@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,21 +15,40 @@ Parts = dict[str, float | Tensor]  # by the names of PARTS; a tensor [B] or [1] 
 
 @dataclass(frozen=True)
 class Count:
-    """Multiply-adds per image, means over the images that were looked at; spread: the standard deviation of the total.
+    """Multiply-adds per image.
 
-    parts: by the names of PARTS. overhead is what the dense network does not have. blocks: the same for each block.
+    each: of every image that was looked at, float64 [N]. parts: means over them by the names of PARTS; overhead is what the dense network
+    does not have. blocks: the same for each block.
     """
 
-    total: float
-    spread: float
+    each: Tensor = field(repr=False, compare=False)
     parts: dict[str, float]
     blocks: list[dict[str, float]]
 
+    @property
+    def images(self) -> int:
+        return len(self.each)
+
+    @property
+    def total(self) -> float:
+        """The mean over the images; exact where they do not differ."""
+        return float(self.each[0] + (self.each - self.each[0]).mean())
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the images."""
+        return float(self.each.std(correction=0))
+
+    @property
+    def error(self) -> float:
+        """The standard error of the total."""
+        return standard_error(self.each)
+
     @classmethod
-    def of(cls, outside: Parts, blocks: list[Parts]) -> Count:
-        """From the values of each image."""
+    def of(cls, outside: Parts, blocks: list[Parts], images: int | None = None) -> Count:
+        """From the values of each image. images: how many there are; None: as many as there are values."""
         everything = [value for place in (outside, *blocks) for value in place.values()]
-        images = max((value.numel() for value in everything if isinstance(value, Tensor)), default=1)
+        images = images or max((value.numel() for value in everything if isinstance(value, Tensor)), default=1)
         each = torch.zeros(images, dtype=torch.float64)
         for value in everything:
             each = each + value
@@ -37,4 +58,22 @@ class Count:
         parts = {
             key: sum(place.get(key, 0.0) for place in means) for key in PARTS if any(key in place for place in means)
         }
-        return cls(float(each.mean()), float(each.std(correction=0)), parts, means[1:])
+        return cls(each, parts, means[1:])
+
+    @classmethod
+    def together(cls, counts: Sequence[Count]) -> Count:
+        """Of all images of several counts of one model."""
+        images = sum(count.images for count in counts)
+
+        def mean(places: Sequence[dict[str, float]]) -> dict[str, float]:
+            weighted = [(place, count.images) for place, count in zip(places, counts, strict=True)]
+            keys = dict.fromkeys(key for place in places for key in place)
+            return {key: sum(place.get(key, 0.0) * n for place, n in weighted) / images for key in keys}
+
+        blocks = [mean(same) for same in zip(*(count.blocks for count in counts), strict=True)]
+        return cls(torch.cat([count.each for count in counts]), mean([count.parts for count in counts]), blocks)
+
+
+def standard_error(each: Tensor) -> float:
+    """Of the mean over images, from their values [N]; 0 where there is one, which tells nothing of others."""
+    return float(each.double().std(correction=0)) / math.sqrt(max(len(each) - 1, 1))

@@ -154,6 +154,7 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
         costs = cost.count(method, dense, sparse, deployed, sample[: job.count]).record()
         report = method.report(sparse, sample[: job.count])
         costs["remarks"], costs["numbers"] = list(report.remarks), summary.numbers(report)
+        costs["numbers_error"] = summary.numbers_error(report)
     yield -1, costs
     report = method.report(sparse, sample)
     images = _images(job, dense, max(TIMED, *(conditions.batch for conditions in job.conditions)), seed=0)

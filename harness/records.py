@@ -20,6 +20,7 @@ from harness.errors import UserError
 from harness.spec import ROOT
 
 ENGINE_REVISION = 2  # raised whenever a change of the harness changes training results
+COUNT_REVISION = 2  # raised whenever what multiply-adds are averaged over changes: stored with counts, in no id. 1: theory over `measure.images` images
 MEASURE_REVISION = 4  # raised whenever a change of the harness changes how latency is measured
 REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "train": ("label", "seed", "method", "settings", "revision", "weights_id", "context", "context_id", "top1", "top5", "correct",

@@ -26,6 +26,7 @@ from harness.packing import pack
 from harness.progress import Reporter
 from harness.records import RETRIED, Store, identify, provenance, source_digest
 from harness.summary import summary
+from harness.tally import Tally, Totals
 from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
 from harness.training.journal import require_tensorboard
 from harness.training.optimizers import check_recipe
@@ -154,8 +155,9 @@ class Runner:
             trained = self.trainer.weights(cell, name)
             self.reporter.begin(name, "evaluating")
             deployed = cell.method.deploy(trained.sparse)
+            tally = self._tally(cell)
             results = {
-                "test": self._evaluate(deployed, "test"),
+                "test": self._evaluate(deployed, "test", tally),
                 "val": self._evaluate(deployed, "val") if len(self.data.val_ids) else None,
                 "ema": self._evaluate(cell.method.deploy(trained.averaged), "test")
                 if trained.averaged is not None
@@ -164,17 +166,32 @@ class Runner:
                     self.trainer, cell, name, trained, self._counted_images(), self._evaluate
                 ),
             }
-        return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results))
+        totals = tally.whole(self.cluster) if tally else None
+        return self.cluster.share(lambda: self._write_record(cell, record_id, trained, deployed, results, totals))
 
-    def _evaluate(self, model: nn.Module, which: str) -> Evaluation:
-        return evaluate(model, self.data, which, self.plan, cluster=self.cluster)
+    def _tally(self, cell: Cell) -> Tally | None:
+        """What is to be collected while the test split is evaluated; None where one image tells all."""
+        if not cell.method.work_varies:
+            return None
+        vit = self.trainer.build(cell.seed, 0.0)
+        return Tally(cell.method, vit, vit.patch_embed.img_size)
+
+    def _evaluate(self, model: nn.Module, which: str, tally: Tally | None = None) -> Evaluation:
+        return evaluate(model, self.data, which, self.plan, cluster=self.cluster, tally=tally)
 
     def _write_record(
-        self, cell: Cell, record_id: str, trained: Trained, deployed: nn.Module, results: dict[str, Evaluation | None]
+        self,
+        cell: Cell,
+        record_id: str,
+        trained: Trained,
+        deployed: nn.Module,
+        results: dict[str, Evaluation | None],
+        totals: Totals | None,
     ) -> dict[str, Any]:
         images = self._counted_images()
         vit = self.trainer.build(cell.seed, 0.0)
         sparse, on_cpu = to_cpu(trained.sparse), to_cpu(deployed)
+        report, theory = cell.method.report(sparse, images), totals.theory if totals else None
         test, val, averaged, before = results["test"], results["val"], results["ema"], results["untrained"]
         record = {
             "id": record_id, "kind": "train", "weights_id": self.identity.weights_id(cell), "label": cell.label, "seed": cell.seed,
@@ -182,8 +199,8 @@ class Runner:
             "top1": test.top1, "top5": test.top5, "loss": test.loss, "test_images": len(test.correct), "correct": pack(test.correct),
             "val_top1": val.top1 if val else None, "ema_top1": averaged.top1 if averaged else None,
             "untrained_top1": before.top1 if before else None, "untrained_correct": pack(before.correct) if before else None,
-            "cost": cost.count(cell.method, vit, sparse, on_cpu, images).record(),
-            "report": summary(cell.method.report(sparse, images), vit.patch_embed.grid_size), "phases": trained.phases,
+            "cost": cost.count(cell.method, vit, sparse, on_cpu, images, theory=theory).record(),
+            "report": summary(report, vit.patch_embed.grid_size, totals), "phases": trained.phases,
             "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device) | {"processes": self.cluster.size, "waiting": self.spin_limit.facts()},

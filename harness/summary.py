@@ -8,13 +8,20 @@ import numpy as np
 from torch import Tensor
 
 import methods
+from harness.macs import standard_error
 from harness.packing import pack, squeeze
+from harness.tally import Totals, scattered
 
 MOST_ENTRIES = 2**21  # of averaged attention maps, a byte each; larger ones stay in the checkpoint
 
 
-def summary(report: methods.Report, grid: tuple[int, int] | None = None) -> dict[str, Any]:
-    """What pictures, tables and `show` know of the report. grid: the rows and columns of patches, for the kept ones."""
+def summary(
+    report: methods.Report, grid: tuple[int, int] | None = None, totals: Totals | None = None
+) -> dict[str, Any]:
+    """What pictures, tables and `show` know of the report. grid: the rows and columns of patches, for the kept ones. totals: of a whole split, for what is
+    a mean over images; None: over the report's own."""
+    errors = totals.errors if totals else _errors(report)
+    report = totals.in_place_of(report) if totals else report
     return {
         "tokens": {
             kind: [_mean(getattr(block, kind)) for block in report.blocks] for kind in ("keys", "queries", "mlp")
@@ -26,8 +33,8 @@ def summary(report: methods.Report, grid: tuple[int, int] | None = None) -> dict
         "overhead_macs": {extra.name: _mean(extra.macs) for extra in report.overhead},
         **({"remarks": list(report.remarks)} if report.remarks else {}),
         **({"estimates": estimates(report)} if report.estimates else {}),
-        **({"numbers": numbers(report)} if report.numbers else {}),
-        **({"authors": authors(report)} if report.authors else {}),
+        **({"numbers": numbers(report), "numbers_error": _numbers_error(report, errors)} if report.numbers else {}),
+        **({"authors": authors(report) | {"macs_error": round(errors["authors"], 3)}} if report.authors else {}),
         **_tokens(report, grid),
     }  # fmt: skip
 
@@ -35,6 +42,19 @@ def summary(report: methods.Report, grid: tuple[int, int] | None = None) -> dict
 def numbers(report: methods.Report) -> dict[str, float]:
     """What else a paper reports of its model, means over the images."""
     return {name: round(float(value.double().mean()), 4) for name, value in report.numbers.items()}
+
+
+def numbers_error(report: methods.Report) -> dict[str, float]:
+    """The standard errors of these means."""
+    return _numbers_error(report, _errors(report))
+
+
+def _numbers_error(report: methods.Report, errors: dict[str, float]) -> dict[str, float]:
+    return {name: round(errors[f"numbers.{name}"], 6) for name in report.numbers}
+
+
+def _errors(report: methods.Report) -> dict[str, float]:
+    return {place: standard_error(value) for place, value in scattered(report).items()}
 
 
 def authors(report: methods.Report) -> dict[str, Any] | None:

@@ -163,10 +163,13 @@ class Trainer:
         """What the model keeps of a few images, for the log."""
         images: list[Tensor] = []
 
+        def read() -> None:
+            images.append(next(self.data.eval_batches("train", REPORTED_IMAGES, self.plan.device)).images)
+
+        self.cluster.share(read)  # only the first process has a log; where it finds the data gone, all must know
+
         @torch.no_grad()
         def reported() -> dict[str, float]:
-            if not images:
-                images.append(next(self.data.eval_batches("train", REPORTED_IMAGES, self.plan.device)).images)
             report = cell.method.report(sparse.eval(), images[0])
             tokens = [float(block.keys.double().mean()) for block in report.blocks]
             density = list(report.weight_density.values())

@@ -21,6 +21,7 @@ class Dense(methods.Method):
     """The dense baseline: timm's vision transformer as it is."""
 
     name = "dense"
+    work_varies = False
     Settings = Settings
 
     @property

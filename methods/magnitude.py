@@ -35,6 +35,7 @@ class Magnitude(methods.Method):
     """
 
     name = "magnitude"
+    work_varies = False
     Settings = Settings
 
     def sparsify(self, vit: nn.Module) -> nn.Module:

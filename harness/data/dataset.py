@@ -143,7 +143,8 @@ class ImageData:
         skip: int = 0,
     ) -> Iterator[Batch]:
         """The images of the split "train", "val" or "test" in order, not augmented; at most `limit`, and without the first `skip`.
-        Of several processes, this one's: every size-th."""
+        Of several processes, this one's: every size-th. DataLost where a file cannot be read: the others know nothing of it, so whoever asks
+        for batches in several processes catches it and tells them (`Cluster.raise_any`)."""
         split = self.test if which == "test" else self.train
         ids = {"test": torch.arange(len(self.test.labels)), "val": self.val_ids, "train": self.train_ids}[which][:limit]
         ids = ids[skip:][cluster.rank :: cluster.size]
@@ -163,7 +164,7 @@ class ImageData:
         )  # fmt: skip
         for samples in loader:
             if samples.lost:
-                raise UserError(f"the {which} split: {samples.lost}")
+                raise DataLost(f"the {which} split: {samples.lost}")
             if which == "train":
                 self.unreadable |= {key % COPY: wrong for key, wrong in samples.wrong.items()}
             yield Batch(self.normalise(samples.images, device), samples.labels.to(device), samples.keys)

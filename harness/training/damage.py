@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from harness.cluster import agreed
+from harness.data.readable import DataLost
 from harness.errors import UserError
 from harness.training.setup import Training
 
@@ -16,12 +17,12 @@ class Damage:
         self.training, self.known = training, 0
 
     def look(self, write: Callable[..., None], lost: str = "") -> None:
-        """After a batch, in all processes. write: a line of the log; lost: why this process has no batch. UserError where any has
-        none, or too much is damaged."""
+        """After a batch, in all processes. write: a line of the log; lost: why this process has no batch. DataLost where any has
+        none, UserError where too much is damaged."""
         training, unreadable = self.training, self.training.data.unreadable
         losses, more = training.cluster.sums([bool(lost), len(unreadable) - self.known])
         if losses:
-            raise agreed(UserError(lost or "another process has lost its data"))
+            raise agreed(DataLost(next(filter(None, training.cluster.gather(lost)))))
         if not more:
             return
         for theirs in training.cluster.gather(dict(unreadable)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,9 @@ from harness.data.dataset import Batch
 from harness.data.order import seed_of
 from harness.data.readable import DataLost
 from harness.errors import UserError
+from harness.halving import Halving, NotEnoughMemory
 from harness.training.counting import counted, training_macs
+from harness.training.gathered import Gathered
 from harness.training.optimizers import Schedule, make_optimizer
 from harness.training.setup import PhaseLog, Progress
 from harness.training.stepper import Diverged, Outcome, Stepper
@@ -41,6 +44,7 @@ class CollectRun:
         self.shared = self.training.cluster if phase.divided else ALONE
         steps = max(last - first, 1 if phase.share else 0)  # statistics of nothing help nobody
         self.wanted = min(steps * self.training.recipe.batch_size, self.training.data.size("train"))
+        self.halving = Halving(self.training.plan.device, f"phase {phase.name}", partial(_divide, self))
 
     @torch.no_grad()
     def go(self, saved: dict[str, Any] | None) -> None:
@@ -63,8 +67,7 @@ class CollectRun:
             except DataLost as error:
                 lost = str(error)
             self.run.damage.look(self._write, lost)
-            if batch is not None:
-                self._see(module, batch)
+            training.cluster.raise_any(self._see(module, batch) if batch is not None else None)
             log.steps, log.images = log.steps + 1, min(log.images + of_all, self.wanted)
             training.watch(Progress(self.phase.name, log.steps, steps, None, None))
 
@@ -96,13 +99,26 @@ class CollectRun:
         )
         return batches, recipe.batch_size
 
-    def _see(self, module: torch.nn.Module, batch: Batch) -> None:
-        macs = [] if self.log.macs is None else None
-        with counted(macs), self.training.plan.autocast():
-            module(batch.images, batch.targets)
-        if macs:
-            passes = self.training.cluster.size / self.shared.size
-            self.log.macs = macs[-1] / len(batch.images) * self.wanted * passes
+    def _see(self, module: torch.nn.Module, batch: Batch) -> NotEnoughMemory | None:
+        """Shows the module a batch, in parts where memory runs out; the error where not even one image fits, for all processes to
+        be told of."""
+        gathered = Gathered(module, self.phase.state)
+
+        def call(part: Batch) -> list[float] | None:
+            gathered.save()
+            macs = [] if self.log.macs is None else None
+            with counted(macs), self.training.plan.autocast():
+                module(part.images, part.targets)
+            return macs
+
+        try:
+            for part, macs in self.halving.over([batch], call, undo=gathered.restore):
+                if macs:
+                    passes = self.training.cluster.size / self.shared.size
+                    self.log.macs = macs[-1] / len(part.images) * self.wanted * passes
+        except NotEnoughMemory as error:
+            return error
+        return None
 
     def _write(self, event: str, **content: Any) -> None:
         self.training.journal.write(event, phase=self.phase.name, phase_number=self.run.number, **content)
@@ -187,7 +203,7 @@ class TrainRun:
         before = self.stepper.micro_batch
         outcome = self.stepper.step(batch, self.first + step)
         if self.stepper.micro_batch != before:
-            self._divided()
+            _divide(self, self.stepper.micro_batch)
         if outcome.skipped:
             self._skipped(step, outcome)
         elif outcome.overflowed:
@@ -213,12 +229,6 @@ class TrainRun:
             if len(self.log.events) < EVENTS:
                 self.log.events.append({"step": step + 1, **told})
             self._write("told", step=step + 1, told=told)
-
-    def _divided(self) -> None:
-        self.log.micro_batch = self.stepper.micro_batch
-        line = f"out of memory: {self.log.micro_batch} images at a time from now on"
-        self.training.say(f"phase {self.phase.name}: {line}")
-        self._write("memory", micro_batch=self.log.micro_batch)
 
     def _skipped(self, step: int, outcome: Outcome) -> None:
         """Counts a step whose loss or gradient was not finite. Diverged after too many in a row."""
@@ -276,6 +286,13 @@ class TrainRun:
         sizes = [size for size in (saved["micro_batch"], self.stepper.micro_batch) if size]
         self.stepper.micro_batch = self.log.micro_batch = min(sizes, default=None)
         self.in_a_row = saved["in_a_row"]
+
+
+def _divide(run: CollectRun | TrainRun, most: int) -> None:
+    """Tells that from now on the phase takes at most that many images at once."""
+    run.log.micro_batch = most
+    run.training.say(f"phase {run.phase.name}: out of memory: {most} images at a time from now on")
+    run._write("memory", micro_batch=most)
 
 
 def _short(value: float) -> float | str:

@@ -18,6 +18,7 @@ from harness.data.order import seed_of
 from harness.device import Plan
 from harness.device.execution import is_out_of_memory, release
 from harness.errors import UserError
+from harness.halving import NotEnoughMemory
 from methods import TrainPhase
 from methods.core.noise import Noise
 from methods.core.pooled import Pooled, Term, value_of
@@ -28,10 +29,6 @@ SMALLEST_SCALE = 1.0  # of float16's gradient scaler: gradients that overflow at
 
 class Diverged(RuntimeError):
     """The loss stopped being a number."""
-
-
-class NotEnoughMemory(MemoryError):
-    """A step does not fit, however it is divided."""
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
@@ -124,12 +126,15 @@ class Method:
     revision: raised whenever a change of the code changes results, so that old records are told from new ones.
     start: "dense" (begins with the trained dense weights) or "scratch" (random weights, and the dense budget on top).
     uses_teacher: whether its own losses want the trained dense network.
+    work_varies: whether images may differ in what they cost, or in what else `report` says of each. True is always safe; False spares the evaluation a report of
+        every batch.
     keeps_as_told: whether `calibrate`, where a method has its own, goes by keep_rate: then rows of untrained models say which it was.
     """
 
     name: ClassVar[str]
     revision: ClassVar[int] = 1
     uses_teacher: ClassVar[bool] = False
+    work_varies: ClassVar[bool] = True
     keeps_as_told: ClassVar[bool] = True
     Settings: ClassVar[type[Settings]] = Settings
     start: Literal["dense", "scratch"] = "dense"
@@ -154,6 +159,13 @@ class Method:
         from methods.core.vit import dense_report
 
         return dense_report(module)
+
+    @contextlib.contextmanager
+    def reporting(self, module: nn.Module) -> Iterator[Callable[[Tensor], Report]]:
+        """While it is open: a function that says what `report` says of images [B, 3, H, W] that `module` has just been called with, all of them and no others.
+        Here it calls `report`; a method whose report runs the model, and whose work varies, makes it of what the call has computed (see
+        `methods.core.watching`), so that evaluation takes one forward."""
+        yield partial(self.report, module)
 
     def calibrate(self, sparse: nn.Module, images: Tensor, keep_rate: float) -> None:
         """For timing without training: sets what decides in the untrained `sparse` (thresholds, biases) so that about

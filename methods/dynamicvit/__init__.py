@@ -50,6 +50,7 @@ class DynamicViTMethod(methods.Method):
 
     name = "dynamicvit"
     uses_teacher = True
+    work_varies = False  # other tokens, but as many for every image
     Settings = Settings
     behaviour = DynamicViT
 

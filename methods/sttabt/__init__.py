@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 import methods
 from methods.core.vit import replace_attention, require_plain_vit, specialise
+from methods.core.watching import remembered
 from methods.sttabt.approxnet import narrowed, transfer_maps
-from methods.sttabt.backtracking import concrete_sets, occupancy
+from methods.sttabt.backtracking import concrete_masks, concrete_sets, occupancy
 from methods.sttabt.checkpoint import converted
 from methods.sttabt.counting import authors_macs
 from methods.sttabt.deployed import PackedAttention, PackedViT
@@ -102,6 +105,10 @@ class STTABT(methods.Method):
     Settings = Settings
 
     @property
+    def work_varies(self) -> bool:
+        return self.settings.variant != "manual"
+
+    @property
     def keeps_as_told(self) -> bool:
         return self.settings.variant == "concrete"
 
@@ -176,7 +183,27 @@ class STTABT(methods.Method):
                 module.patch_embed.num_patches + module.num_prefix_tokens
             )
             return methods.Report(blocks, numbers={"occupancy": shares.mean()[None]})
-        kept = module.choose(images).cpu()
+        with self.reporting(module) as reported:
+            module.choose(images)
+            return reported(images)
+
+    @contextlib.contextmanager
+    def reporting(self, module: BackTrackedViT | ManualViT) -> Iterator[Callable[[Tensor], methods.Report]]:
+        if isinstance(module, ManualViT):
+            yield partial(self.report, module)
+            return
+        is_concrete = module.keep is None
+
+        def soft_occupancy(ratings: Sequence[Tensor]) -> Tensor:
+            soft = concrete_masks(ratings, module.p_logit, module.outputs).soft
+            return soft[1:].double().mean(dim=(0, 2)).cpu()
+
+        asked = remembered(module, "ratings", soft_occupancy) if is_concrete else contextlib.nullcontext()
+        with remembered(module, "choose", Tensor.cpu) as kept, asked as soft:
+            yield lambda images: self._report(module, kept[0], soft[0] if is_concrete else None)
+
+    def _report(self, module: BackTrackedViT, kept: Tensor, soft: Tensor | None) -> methods.Report:
+        """kept bool [L + 1, B, N]; soft [B]: the occupancy by soft masks, where masks are concrete."""
         tokens, prefix = kept.shape[2], module.num_prefix_tokens
         counts = kept.sum(dim=2)
         blocks = tuple(
@@ -189,8 +216,8 @@ class STTABT(methods.Method):
             for index in range(len(module.blocks))
         )
         numbers, authors = {"occupancy": occupancy(kept)}, None
-        if module.keep is None:
-            numbers["occupancy of the loss"] = module.masks(images).soft[1:].cpu().double().mean(dim=(0, 2))
+        if soft is not None:
+            numbers["occupancy of the loss"] = soft
             authors = authors_macs(module, kept)
         overhead = tuple(self._overhead(module, tokens))
         return methods.Report(blocks, overhead=overhead, numbers=numbers, authors=authors)

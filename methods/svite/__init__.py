@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import methods
 from methods.core import distribution
 from methods.core.vit import dense_report, require_plain_vit
+from methods.core.watching import remembered
 from methods.svite import schedule
 from methods.svite.checkpoint import converted
 from methods.svite.criteria import Growth
@@ -102,6 +104,11 @@ class SViTE(methods.Method):
     Settings = Settings
 
     @property
+    def work_varies(self) -> bool:
+        """Masked tokens are k or k + 1, see `SelectingViT`."""
+        return self.settings.token_number is not None and self.settings.mode == "mask"
+
+    @property
     def pattern(self) -> Pattern:
         settings = self.settings
         if settings.pruning_type == "structured":
@@ -134,14 +141,23 @@ class SViTE(methods.Method):
         return deployed
 
     def report(self, module: nn.Module, images: Tensor) -> methods.Report:
+        is_selecting = isinstance(module, SelectingViT)
+        return self._report(module, module.block_reports(images) if is_selecting else dense_report(module).blocks)
+
+    @contextlib.contextmanager
+    def reporting(self, module: nn.Module) -> Iterator[Callable[[Tensor], methods.Report]]:
+        if not isinstance(module, SelectingViT):
+            yield partial(self.report, module)
+            return
+        with remembered(module, "choose") as chosen:
+            yield lambda images: self._report(module, module.blocks_of(*chosen[0]))
+
+    def _report(self, module: nn.Module, blocks: Sequence[methods.BlockReport]) -> methods.Report:
         density, units = getattr(module, "kept", None) or (self.pattern.density(module), self.pattern.units(module))
         overhead = ()
         if isinstance(module, SelectingViT):
-            blocks = module.block_reports(images)
             tokens = module.patch_embed.num_patches + module.num_prefix_tokens
             overhead = (methods.Overhead("gumbel", torch.tensor([tokens * module.embed_dim], dtype=torch.float64)),)
-        else:
-            blocks = dense_report(module).blocks
         return methods.Report(
             tuple(map(_with_units, blocks, units)), density, overhead, tuple(self._remarks(module, density, units)),
             fixed_shapes=isinstance(module, SelectingViT) and not module.gathers,

@@ -70,9 +70,12 @@ class SelectingViT(VisionTransformer):
 
     @torch.no_grad()
     def block_reports(self, images: Tensor) -> tuple[BlockReport, ...]:
-        """The same for every block: what was chosen, as the paper counts it; whether the others are skipped is another matter."""
+        """What is kept of images [B, 3, H, W], see `blocks_of`."""
         noise = Noise(self.eval_seed, 0, image_keys(images)) if self.eval_seed is not None else None
-        kept, weight = self.choose(embed(self, images), noise)
+        return self.blocks_of(*self.choose(embed(self, images), noise))
+
+    def blocks_of(self, kept: Tensor, weight: Tensor) -> tuple[BlockReport, ...]:
+        """The same for every block: what `choose` chose, as the paper counts it; whether the others are skipped is another matter."""
         prefix = self.num_prefix_tokens
         if self.gathers:
             patches, count = kept[:, prefix:] - prefix, torch.tensor([kept.shape[1]])

@@ -124,6 +124,7 @@ class ViTCoD(methods.Method):
 
     name = "vitcod"
     keeps_as_told = False
+    work_varies = False
     Settings = Settings
 
     def sparsify(self, vit: nn.Module) -> ViTCoDViT:
