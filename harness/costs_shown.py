@@ -13,7 +13,7 @@ from rich.table import Table
 
 from harness.cells import expand
 from harness.spec import Backbone, Entry
-from harness.words import numbers_told
+from harness.words import macs_told, numbers_told
 from harness.yamlfile import validate
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def cost_rows(
     import torch
 
     from harness import cost, models
-    from harness.summary import authors, estimates, numbers
+    from harness.summary import authors, estimates, numbers, numbers_error
     from harness.trace import check_names
     from methods import Unsupported
 
@@ -61,7 +61,7 @@ def cost_rows(
         report = method.report(sparse, noise)
         rows[label] = _row(method, backbone, costs) | {
             "convention": convention(sorted(named)), "remarks": list(report.remarks), "estimates": estimates(report),
-            "numbers": numbers(report), "authors": authors(report),
+            "numbers": numbers(report), "numbers_error": numbers_error(report), "authors": authors(report),
         }  # fmt: skip
     return rows, refused
 
@@ -107,9 +107,11 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
         *(f"{name}\nestimate, µs" for name in models),
     )
     for label, row in rows.items():
-        macs = [_giga(row[key]) for key in ("macs_dense", "macs_theoretical", "macs_executed")]
-        if row["macs_spread"]["executed"]:
-            macs[-1] += f" ± {_giga(row['macs_spread']['executed'])}"
+        errors = row["macs_error"]
+        macs = [
+            "n/a" if row[f"macs_{name}"] is None else macs_told(row[f"macs_{name}"], errors.get(name, 0))
+            for name in COUNTS
+        ]
         table.add_row(
             escape(label),
             *macs,
@@ -124,7 +126,11 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_block(label, row))
         if authors and row["authors"]:
             console.print(_by_authors(label, row["authors"]))
-    notes = {f"{label}: {numbers_told(row['numbers'])}": None for label, row in rows.items() if row["numbers"]}
+    notes = {
+        f"{label}: {numbers_told(row['numbers'], row['numbers_error'])}": None
+        for label, row in rows.items()
+        if row["numbers"]
+    }
     notes |= {f"{label}: {line}": None for label, row in rows.items() for line in row["remarks"]}
     if authors:
         notes |= {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import compare, records, stats
+from harness import compare, counts, records, stats
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, tables_of
 
@@ -45,6 +45,10 @@ class Row(compare.Compared):
     training_macs: float | None = None  # executed by the cell's own training, per seed; None where it was not counted
     device_hours: float | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # what else the paper reports of its model
+    numbers_error: dict[str, float] = field(default_factory=dict)  # standard errors over images
+    macs_error: dict[str, float] = field(default_factory=dict)  # of theoretical, executed: over images
+    macs_images: dict[str, int] = field(default_factory=dict)  # of the same, that they are means over
+    old_images: int | None = None  # how few theory is a mean over, where it was counted by an earlier rule
     macs_authors: float | None = None  # as the authors' own counter has them, where they differ
 
 
@@ -139,6 +143,8 @@ def _row(found: list[Record], others: tuple[list[Record] | None, list[Record] | 
         params=round(costs["params"]), params_nonzero=round(costs["params_nonzero"]),
     )  # fmt: skip
     row.numbers = _means([record.get("report", {}).get("numbers", {}) for record in found])
+    row.numbers_error = _means([record.get("report", {}).get("numbers_error", {}) for record in found])
+    _counted(row, [record["cost"] for record in found])
     row.macs_authors = _mean([record.get("report", {}).get("authors", {}).get("macs") for record in found])
     row.remarks = list(dict.fromkeys(line for record in found for line in record.get("report", {}).get("remarks", [])))
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
@@ -149,6 +155,13 @@ def _row(found: list[Record], others: tuple[list[Record] | None, list[Record] | 
     row.macs_executed = executed(row.macs_executed, row.speeds.values())
     _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])
     return row
+
+
+def _counted(row: Row, costs: list[dict[str, Any]]) -> None:
+    """Over which images the row's counts are means. Its seeds see the same images, so more seeds do not make the error smaller."""
+    row.macs_error = _means([counts.errors(cost) for cost in costs])
+    row.macs_images = {name: min(counts.images(cost)[name] for cost in costs) for name in counts.OF_IMAGES}
+    row.old_images = min(filter(None, map(counts.old_images, costs)), default=None)
 
 
 def _means(found: list[dict[str, float]]) -> dict[str, float]:

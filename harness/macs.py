@@ -32,12 +32,12 @@ class Count:
     @property
     def total(self) -> float:
         """The mean over the images; exact where they do not differ."""
-        return float(self.each[0] + (self.each - self.each[0]).mean())
+        return float(self.each[0] + _from_first(self.each).mean())
 
     @property
     def spread(self) -> float:
         """The standard deviation of the images."""
-        return float(self.each.std(correction=0))
+        return float(_from_first(self.each).std(correction=0))
 
     @property
     def error(self) -> float:
@@ -76,4 +76,9 @@ class Count:
 
 def standard_error(each: Tensor) -> float:
     """Of the mean over images, from their values [N]; 0 where there is one, which tells nothing of others."""
-    return float(each.double().std(correction=0)) / math.sqrt(max(len(each) - 1, 1))
+    return float(_from_first(each.double()).std(correction=0)) / math.sqrt(max(len(each) - 1, 1))
+
+
+def _from_first(each: Tensor) -> Tensor:
+    """Distances from the first value: exactly zero where values are equal, which their sum divided by their number need not be."""
+    return each - each[0]

@@ -18,7 +18,7 @@ from harness.stats import LEVEL, MIN_SEEDS
 from harness.surveyboard import SurveyTable
 from harness.timedon import is_old, told
 from harness.verdict import REALISED_LIMIT
-from harness.words import numbers_told
+from harness.words import macs_told, numbers_told
 
 HEADER = """# Leaderboard
 
@@ -40,6 +40,8 @@ rows) with Tango's interval; the only source of chance is the test images, so it
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
+Where counts depend on the image, *theory* is the mean over the whole test split and *run* over a few held-out images; ± is
+the standard error over these, shown above 0.5 %. ‡: counted by an earlier rule, both over the few images that a line below names.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds, or, where the work
 depends on the image, as the ratio of the mean times over the same images; then, in brackets, the share realised:
@@ -50,7 +52,7 @@ processes kept the machine busy; (b32): measured at batch 32, since memory ran o
 table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
 *estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
-◆: no other row is both at least as accurate and as cheap (GMACs run).
+◆: no other row is both at least as accurate and as cheap (GMACs run; by the means, whatever their ±).
 """
 
 
@@ -81,11 +83,18 @@ def _lines(cells: list[list[str]]) -> str:
 def _notes(table: Table) -> list[str]:
     """Under the table: why rows are slower than their formula, and why there are no numbers."""
     notes = [
-        f"{row.label}: {line}" for row in table.rows for line in (numbers_told(row.numbers), *row.remarks, row.verdict) if line
+        f"{row.label}: {line}" for row in table.rows for line in (
+            numbers_told(row.numbers, row.numbers_error), *row.remarks, row.verdict, _few(row)
+        ) if line
     ]  # fmt: skip
     cells = [(row.label, timing, speed) for row in table.rows for timing, speed in row.speeds.items()]
     notes += absences(cells, column_names(table.timings))
     return notes
+
+
+def _few(row: Row) -> str:
+    """That theory was counted before it took the whole test split."""
+    return f"theory and run (‡) are means over {row.old_images} images, by an earlier rule" if row.old_images else ""
 
 
 def _title(table: Table) -> str:
@@ -141,8 +150,15 @@ def _facts(row: Row) -> list[str]:
         params += f" ({row.params_nonzero / 1e6:.3f} non-zero)"
     return [
         row.label + (" ◆" if row.pareto else ""), str(len(row.seeds)), f"{row.top1 * 100:.2f}{interval}", _difference(row),
-        *(f"{macs / 1e9:.4f}" for macs in (row.macs_dense, row.macs_theoretical, row.macs_executed)), params,
+        macs_told(row.macs_dense), *_of_images(row), params,
     ]  # fmt: skip
+
+
+def _of_images(row: Row) -> list[str]:
+    """The counts that may differ from image to image: theory, run."""
+    mark = " ‡" if row.old_images else ""
+    both = {"theoretical": row.macs_theoretical, "executed": row.macs_executed}
+    return [macs_told(macs, row.macs_error.get(name, 0.0)) + mark for name, macs in both.items()]
 
 
 def _difference(row: Row) -> str:
@@ -212,7 +228,10 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_theoretical": row.macs_theoretical, "macs_executed": row.macs_executed, "params": row.params,
                 "params_nonzero": row.params_nonzero, "pareto": row.pareto, "ema_top1": row.ema_top1,
                 "training_macs": row.training_macs, "device_hours": row.device_hours, **(table.timed_on or {}),
+                **{f"macs_{name}_error": error for name, error in row.macs_error.items()},
+                **{f"macs_{name}_images": count for name, count in row.macs_images.items()},
                 "macs_authors": row.macs_authors, **{f"report: {name}": value for name, value in row.numbers.items()},
+                **{f"report: {name}, error": error for name, error in row.numbers_error.items()},
                 **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
             }  # fmt: skip
             lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import records
+from harness import counts, records
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, machine, tables_of
 from harness.words import numbers_told
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Line:
-    """A method under one set of conditions. macs: dense, theoretical, executed. of_products, of_copies: shares of the device's
+    """A method under one set of conditions. macs: dense, theoretical, executed; errors: standard errors of the last two over images. of_products, of_copies: shares of the device's
     measured limits that it reaches (multiply-adds executed; weights read once); None where those were not measured."""
 
     label: str
@@ -27,6 +27,7 @@ class Line:
     speed: Speed
     of_products: float | None = None
     of_copies: float | None = None
+    errors: tuple[float, float] = (0.0, 0.0)
 
     @property
     def images_per_second(self) -> float:
@@ -105,7 +106,8 @@ def _table(subject: list[Any], timed: TimedOn, found: list[Record], limits: dict
         macs = (*own[0].macs[:2], executed(same[0]["survey"]["macs_executed"], speeds.values()))
         lines = [
             judge(macs, same[0]["survey"]["parts"], speeds, table.names),
-            numbers_told(same[0]["survey"].get("numbers", {})),
+            numbers_told(*(same[0]["survey"].get(key, {}) for key in ("numbers", "numbers_error"))),
+            _few(same[0]["survey"]),
             chosen_kernels(speeds, table.names),
             *dict.fromkeys(line for record in same for line in record["survey"].get("remarks", [])),
         ]
@@ -118,12 +120,18 @@ def _line(record: Record, limits: dict[str, Record]) -> Line:
     macs = (facts["macs_dense"], facts["macs_theoretical"], facts["macs_executed"])
     speed = speed_of([record["latency"]], macs[0] / macs[1])
     line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed)
+    line.errors = tuple(counts.errors(facts)[name] for name in counts.OF_IMAGES)
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
         seconds = line.speed.mean_milliseconds / 1e3
         line.of_products = 2 * line.macs[2] * line.speed.batch / seconds / (limit["gemm_tflops"] * 1e12)
         line.of_copies = record["latency"]["deployed"]["weights_bytes"] / seconds / (limit["copy_gbs"] * 1e9)
     return line
+
+
+def _few(facts: dict[str, Any]) -> str:
+    over = max(counts.images(facts).values())
+    return f"theory and run are means over {over} random images" if over > 1 else ""
 
 
 def _order(line: Line) -> tuple:

@@ -11,12 +11,14 @@ from rich.table import Table as RichTable
 from harness.speeds import absences, marks
 from harness.surveyboard import Line, SurveyTable
 from harness.timedon import is_old, told
+from harness.words import macs_told
 
 FOOTER = """
 **Surveys.** Untrained networks on random images: how fast a method is does not depend on what it has learned, as long
 as it keeps as much. A line is a method under one batch size, dtype and mode; *speed-up*, *realised* and the marks are
 as above. *ms* is the median call; *images/s* goes by the mean time of the images where these differ in the work they
-take. *MB*: peak memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of
+take. Counts that depend on the image are means over a few random ones, with their standard error where it is above
+0.5 %. *MB*: peak memory of weights and one eager forward. *J/image*: energy of the whole GPU, idle power included. *of
 products*, *of copies*: the share of the device's own measured speed at large matrix products and copies that the line
 reaches by the multiply-adds it executes
 and by reading its weights once.
@@ -68,7 +70,7 @@ def _line(line: Line, with_energy: bool, with_limits: bool) -> list[str]:
     cells = [
         f"batch {timing.batch} {timing.dtype} {timing.mode}",
         line.label,
-        *(f"{macs / 1e9:.4f}" for macs in line.macs[1:]),
+        *map(macs_told, line.macs[1:], line.errors),
     ]
     if speed.unavailable:
         return cells + ["n/a"] * (5 + with_energy + 2 * with_limits)
@@ -109,7 +111,8 @@ def frame_lines(tables: list[SurveyTable]) -> list[dict[str, Any]]:
     return [
         {
             "benchmark": table.benchmark, "backbone": table.backbone["name"], "image_size": table.image_size, "label": line.label,
-            "macs_dense": line.macs[0], "macs_theoretical": line.macs[1], "macs_executed": line.macs[2], **table.timed_on,
+            "macs_dense": line.macs[0], "macs_theoretical": line.macs[1], "macs_executed": line.macs[2],
+            "macs_theoretical_error": line.errors[0], "macs_executed_error": line.errors[1], **table.timed_on,
             **line.speed.numbers(line.timing), "of_products": line.of_products, "of_copies": line.of_copies,
         }
         for table in tables for line in table.lines

@@ -165,13 +165,16 @@ def test_cost_as_json():
         "params_nonzero",
         "params_theoretical",
         "macs_spread",
+        "macs_error",
         "macs_images",
+        "count_revision",
         "parts",
         "blocks",
         "convention",
         "remarks",
         "estimates",
         "numbers",
+        "numbers_error",
         "authors",
     ]
     assert (dense["remarks"], dense["estimates"]) == ([], [])

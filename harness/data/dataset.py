@@ -149,7 +149,7 @@ class ImageData:
         ids = {"test": torch.arange(len(self.test.labels)), "val": self.val_ids, "train": self.train_ids}[which][:limit]
         ids = ids[skip:][cluster.rank :: cluster.size]
         if isinstance(split, Arrays):
-            for part in ids.split(batch_size):
+            for part in ids.split(batch_size) if len(ids) else ():  # a process may have no image
                 yield Batch(
                     self.normalise(split.images[part], device).expand(-1, 3, -1, -1),
                     split.labels[part].to(device),

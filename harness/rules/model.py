@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from harness import cost, models
 from harness.device.observe import Observer
 from harness.rules.subject import CLASSES, Broken, Subject, require
+from harness.tally import values
 
 
 def leaves_the_backbone_alone(subject: Subject) -> None:
@@ -120,6 +121,29 @@ def report_is_consistent(subject: Subject) -> None:
         for name, density in report.weight_density.items():
             require(form != "sparse" or name in names, f"weight_density names {name}, which the model does not have")
             require(0 <= density <= 1, f"density {density} of {name}")
+
+
+def evaluation_reports_the_same(subject: Subject) -> None:
+    """What a prediction tells of its images is their report; where the method says that all images take the same, its reports say so."""
+    method, deployed, images = subject.method, subject.deployed, subject.images
+    with torch.no_grad(), method.reporting(deployed) as reported:
+        deployed(images.flip(0))
+        logits = deployed(images)
+        found = values(reported(images))
+    told = values(method.report(deployed, images))
+    require(
+        found.keys() == told.keys(),
+        f"reporting says {sorted(found.keys() ^ told.keys())[:1]}, report does not, or the other way round",
+    )
+    wrong = [
+        place
+        for place in told
+        if found[place].shape != told[place].shape or not torch.allclose(found[place], told[place])
+    ]
+    require(not wrong, f"reporting and report differ in {wrong[:1]}")
+    require(torch.equal(logits, _logits(deployed, images)), "reporting changes the predictions")
+    varying = [place for place, value in told.items() if not torch.equal(value, value[:1].expand_as(value))]
+    require(method.work_varies or not varying, f"work_varies is False, but images differ in {varying[:1]}")
 
 
 def costs_can_be_counted(subject: Subject) -> None:
