@@ -23,7 +23,8 @@ from methods.core.vit import dense_report
 @dataclass(frozen=True)
 class Costs:
     """Per image: of the untouched backbone, by formula (None where more than products is counted: a report says nothing of
-    norms), and executed by the deployed model, means over the images that each was counted on. params: of the deployed model; params_nonzero:
+    norms), and executed by the deployed model, means over the images that each was counted on. theory_of_run: by formula of
+    the images that were run, where theoretical is of others (only these two can be compared to the unit). params: of the deployed model; params_nonzero:
     those of them that no mask has set to zero; params_theoretical: of the form that trains, what is masked left out, as papers count."""
 
     dense: Count
@@ -32,6 +33,7 @@ class Costs:
     params: int
     params_nonzero: int
     params_theoretical: int
+    theory_of_run: Count | None = None
 
     def record(self) -> dict[str, Any]:
         """Whole numbers where it is about one image; parts and blocks beside the totals. macs_images: how many images the means are over, 1 where none
@@ -45,10 +47,15 @@ class Costs:
             "macs_error": {name: round(count.error) for name, count in of_images.items()},
             "macs_images": {name: count.images if count.spread else 1 for name, count in of_images.items()},
             "count_revision": COUNT_REVISION,
+            **_same(self.theory_of_run),
             "parts": {name: _rounded(count.parts) for name, count in there.items()},
             "blocks": {name: [_rounded(block) for block in count.blocks] for name, count in there.items()},
             "params": self.params, "params_nonzero": self.params_nonzero, "params_theoretical": self.params_theoretical,
         }  # fmt: skip
+
+
+def _same(count: Count | None) -> dict[str, Any]:
+    return {"theory_of_run": {"macs": count.total, "parts": _rounded(count.parts)}} if count is not None else {}
 
 
 def _rounded(parts: dict[str, float]) -> dict[str, int]:
@@ -69,7 +76,8 @@ def count(
     collected (see `harness.tally`)."""
     sparse = sparse.eval()
     report = method.report(sparse, images)
-    theory = theory or theoretical(vit, report, images.shape[-2:])
+    of_these = theoretical(vit, report, images.shape[-2:])
+    theory_of_run, theory = (None, of_these) if theory is None else (of_these, theory)
     looked_at = images if varies(report) or theory.spread else images[:1]  # a few images may happen to be alike
     shapes = {name: p.shape for name, p in sparse.named_parameters()}
     whole = {
@@ -83,6 +91,7 @@ def count(
         params=sum(p.numel() for p in deployed.parameters()),
         params_nonzero=_kept(deployed, {name: share for name, share in report.weight_density.items() if name in whole}),
         params_theoretical=_kept(sparse, report.weight_density),
+        theory_of_run=theory_of_run,
     )
 
 

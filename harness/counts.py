@@ -28,6 +28,13 @@ def errors(cost: Cost) -> dict[str, float]:
     return {name: spread.get(name, 0.0) / math.sqrt(max(over[name] - 1, 1)) for name in OF_IMAGES}
 
 
+def comparable(cost: Cost) -> tuple[float, dict[str, dict[str, float]]]:
+    """Multiply-adds by formula of the very images that were run, and the parts of all counts with those of these: what the run is held against.
+    Over a whole split theory may be less by chance."""
+    same, parts = cost.get("theory_of_run"), cost.get("parts", {})
+    return (same["macs"], parts | {"theoretical": same["parts"]}) if same else (cost["macs_theoretical"], parts)
+
+
 def old_images(cost: Cost) -> int | None:
     """Over how many images theory was counted by an earlier rule, which took a few; None where it was counted by today's, or
     images do not differ."""

@@ -98,15 +98,19 @@ def _table(name: str, context_id: str, group: list[Record], timed: TimedOn | Non
             by_row[_who(record)].append(record)
     others = _first(by_row, compare.is_reference), _first(by_row, compare.is_baseline)
     rows = [_row(found, others, measures) for found in by_row.values()]
-    parts = {row.label: found[0]["cost"].get("parts", {}) for row, found in zip(rows, by_row.values(), strict=True)}
+    held_against = {
+        row.label: [counts.comparable(record["cost"]) for record in found]
+        for row, found in zip(rows, by_row.values(), strict=True)
+    }
     compare.correct(rows)
     for row, best in zip(rows, stats.pareto([(row.macs_executed, row.top1) for row in rows]), strict=True):
         row.pareto = best
     rows.sort(key=lambda row: (-row.top1, row.macs_executed, row.label))
     timings = sorted({timing for row in rows for timing in row.speeds})
     for row in rows:
-        macs = (row.macs_dense, row.macs_theoretical, row.macs_executed)
-        row.verdict = judge(macs, parts[row.label], row.speeds, column_names(timings))
+        theory, parts = zip(*held_against[row.label], strict=True)
+        macs = (row.macs_dense, statistics.mean(theory), row.macs_executed)
+        row.verdict = judge(macs, parts[0], row.speeds, column_names(timings))
         kernels = chosen_kernels(row.speeds, column_names(timings))
         row.remarks += [kernels] if kernels else []
     return Table(name, context_id, group[0]["context"], timed, rows, timings)

@@ -80,15 +80,31 @@ def test_occupancy_and_the_authors_count_are_in_the_tables(results, tmp_path):
     csv = tmp_path / "all.csv"
     done = bench("leaderboard", "--results", results, "--csv", csv)
     assert done.returncode == 0, done.stderr
-    occupancy = record["report"]["numbers"]["occupancy"]
-    assert (
-        f"back-tracked -0.5: occupancy {occupancy:.3f}, occupancy of the loss"
-        in (results / "leaderboard.md").read_text()
-    )
+    occupancy, error = (record["report"][key]["occupancy"] for key in ("numbers", "numbers_error"))
+    line = f"back-tracked -0.5: occupancy {occupancy:.3f} ± {error:.3f}, occupancy of the loss"
+    assert line in (results / "leaderboard.md").read_text()
     row = pd.read_csv(csv).set_index("label").loc["back-tracked -0.5"]
     assert row["macs_authors"] == pytest.approx(record["report"]["authors"]["macs"])
     assert row["report: occupancy"] == pytest.approx(occupancy)
-    assert row["macs_executed"] == pytest.approx(row["macs_theoretical"], rel=0.01)
+    assert row["report: occupancy, error"] == error
+    assert (row["macs_theoretical_images"], row["macs_executed_images"]) == (20, 2)
+    assert row["macs_theoretical_error"] == record["cost"]["macs_error"]["theoretical"] > 0
+    assert row["macs_executed"] == pytest.approx(record["cost"]["theory_of_run"]["macs"], rel=1e-6)
+    assert "back-tracked -0.5: does not skip all" not in (results / "leaderboard.md").read_text()
+
+
+def test_theory_and_occupancy_are_of_the_whole_test_split(results):
+    """20 test images; run, and the patches that are drawn, of the two that `measure.images` asks for."""
+    record = record_of(results, "back-tracked -0.5")
+    assert record["cost"]["count_revision"] == 2
+    assert record["cost"]["macs_images"] == {"theoretical": record["test_images"], "executed": 2}
+    shares = np.array(record["report"]["tokens"]["keys"]) / 17
+    assert (shares.sum() + 1 / 17) / 5 == pytest.approx(record["report"]["numbers"]["occupancy"], abs=1e-3)
+    assert abs(shares[0] * 20 * 17 - round(shares[0] * 20 * 17)) < 0.05  # a mean over 20 images
+    assert kept_patches(record).shape[1] == 2
+    fixed = record_of(results, "less of all")["cost"]
+    assert fixed["macs_images"] == {"theoretical": 1, "executed": 1}
+    assert fixed["macs_error"] == {"theoretical": 0, "executed": 0}
 
 
 def test_cost_shows_how_the_authors_count():
