@@ -19,6 +19,7 @@ from harness.halving import Halving, NotEnoughMemory
 from harness.rules import RECIPE, random_data
 from harness.spec import ROOT, Data
 from harness.tally import Tally
+from harness.trainer import Trainer
 from harness.training.engine import run_phases
 from harness.training.setup import Training
 
@@ -161,6 +162,17 @@ def evaluate_lost(folder, cluster):
     evaluate(models("dense")[2], data, "test", PLAN, 1, cluster)
 
 
+def report_lost(folder, cluster):
+    """The images of which the log says what is kept: the first process alone reads them."""
+    data = folder_data(folder)
+    cluster.sums([0.0])
+    if cluster.is_first:
+        (folder / "train" / "a" / "0.png").rename(folder / "away.png")
+    trainer = Trainer.__new__(Trainer)
+    trainer.cluster, trainer.data, trainer.plan = cluster, data, PLAN
+    trainer._reported(None, models("dense")[2])
+
+
 def evaluate_starved(folder, cluster):
     model = models("dense")[2]
     limited(model, 100 if cluster.is_first else 0)
@@ -197,6 +209,7 @@ def collect_lost(folder, cluster):
 
 ENDS = {
     evaluate_lost: ("DataLost", True, "the test split: {}/val/b/3.png: no such file or directory; the data must stay where it is"),
+    report_lost: ("DataLost", True, "the train split: {}/train/a/0.png: no such file or directory; the data must stay where it is"),
     evaluate_starved: ("NotEnoughMemory", True, "evaluating on the test split: not even one image at a time fits into memory"),
     evaluate_halved: ("RuntimeError", False, "the same"),
     collect_starved: ("NotEnoughMemory", True, "phase look: not even one image at a time fits into memory"),
