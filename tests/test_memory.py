@@ -236,7 +236,7 @@ def test_processes_end_together_with_one_line(folder):
     """Each of them goes on with the next case: none waits for the other."""
     with ThreadPoolExecutor(2) as threads:
         tasks = [(rank, folder) for rank in range(2)]
-        both = list(threads.map(lambda task: list(workers.results_of(ends, task)), tasks, timeout=60))
+        both = list(threads.map(lambda task: list(workers.results_of(ends, task)), tasks, timeout=200))
     expected = [
         (function.__name__, kind, agreed, line.format(folder)) for function, (kind, agreed, line) in ENDS.items()
     ]
