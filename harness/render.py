@@ -41,7 +41,7 @@ rows) with Tango's interval; the only source of chance is the test images, so it
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
 *run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
 Where counts depend on the image, *theory* is the mean over the whole test split and *run* over a few held-out images; ± is
-the standard error over these, shown above 0.5 %. ‡: counted by an earlier rule, both over the few images that a line below names.
+the standard error over these, shown above 0.5 %. ¶: counted by an earlier rule, both over the few images that a line below names.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of
 plain and fused attention, same dtype, batch and mode) as the median ratio of interleaved rounds, or, where the work
 depends on the image, as the ratio of the mean times over the same images; then, in brackets, the share realised:
@@ -94,7 +94,7 @@ def _notes(table: Table) -> list[str]:
 
 def _few(row: Row) -> str:
     """That theory was counted before it took the whole test split."""
-    return f"theory and run (‡) are means over {row.old_images} images, by an earlier rule" if row.old_images else ""
+    return f"theory and run (¶) are means over {row.old_images} images, by an earlier rule" if row.old_images else ""
 
 
 def _title(table: Table) -> str:
@@ -156,7 +156,7 @@ def _facts(row: Row) -> list[str]:
 
 def _of_images(row: Row) -> list[str]:
     """The counts that may differ from image to image: theory, run."""
-    mark = " ‡" if row.old_images else ""
+    mark = " ¶" if row.old_images else ""
     both = {"theoretical": row.macs_theoretical, "executed": row.macs_executed}
     return [macs_told(macs, row.macs_error.get(name, 0.0)) + mark for name, macs in both.items()]
 

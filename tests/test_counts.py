@@ -41,14 +41,14 @@ def test_rows_of_the_old_rule_are_marked_and_say_how_few_images(tmp_path):
     written(tmp_path, "new", NEW)
     written(tmp_path, "fixed", FIXED)
     text = markdown(tables(tmp_path))
-    assert cells(text, "old")[5:7] == ["0.5000 ± 0.015 ‡", "0.5000 ‡"]  # 40 / sqrt(7) MMACs, and less than 0.5 %
+    assert cells(text, "old")[5:7] == ["0.5000 ± 0.015 ¶", "0.5000 ¶"]  # 40 / sqrt(7) MMACs, and less than 0.5 %
     assert cells(text, "new")[5:7] == ["0.5000", "0.5000 ± 0.015"]
     assert cells(text, "fixed")[5:7] == ["0.5000", "0.5000"]
     notes = [line for line in text.splitlines() if line.startswith("- ") and "8 images" in line]
-    assert notes == ["- old: theory and run (‡) are means over 8 images, by an earlier rule"]
+    assert notes == ["- old: theory and run (¶) are means over 8 images, by an earlier rule"]
     out = io.StringIO()
     show(tables(tmp_path), Console(file=out, width=200))
-    assert "0.5000 ± 0.015 ‡" in out.getvalue()
+    assert "0.5000 ± 0.015 ¶" in out.getvalue()
 
 
 def test_one_old_seed_marks_the_row(tmp_path):
