@@ -105,6 +105,8 @@ def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -
             reporter.say(f"data: {chosen.spec.data.card}")
             crop = chosen.spec.recipe.crop
             data = processes.in_turn(lambda: open_data(chosen.spec.data, chosen.folder, data_root, crop))
+            if data.left_out:
+                reporter.say(f"data: {data.left_out}")
             store = Store(results, chosen.name)
             failed = Runner(chosen, data, store, reporter, **again, cluster=processes, device=device).execute()
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import yaml
 
 import methods
@@ -95,10 +96,13 @@ def expand(entry: Entry) -> list[tuple[str, methods.Method]]:
 
 
 def _accepts(entry: Entry, key: str) -> bool:
-    """Whether a list is a value of this setting rather than a sweep over values."""
+    """Whether a list is a value of this setting rather than a sweep over values: its type says so, whatever the other settings are."""
     try:
-        methods.create(entry.method, **{key: entry.settings[key]})
-    except ValueError:
+        fields = methods.find(entry.method).Settings.model_fields
+        field = next(field for name, field in fields.items() if key in (name, field.alias))
+        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        pydantic.TypeAdapter(kind).validate_python(entry.settings[key])
+    except (ValueError, StopIteration):  # an unknown method or setting is told when the method is made
         return False
     return True
 

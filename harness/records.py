@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.hidden import hidden_part
+from harness.packing import bits
 from harness.spec import ROOT
 
 ENGINE_REVISION = 2  # raised whenever a change of the harness changes training results
@@ -29,6 +31,7 @@ REQUIRED = {  # what the leaderboard reads of a record, by its kind
     "roofline": ("device", "driver", "dtype", "gemm_tflops", "copy_gbs"),
     "failure": ("reason", "message"),
 }  # fmt: skip
+ROUNDED = 1e-6  # by which a share in a record may differ from the exact one
 STALE = 3600.0  # seconds after which nobody can still be writing a file
 RETRIED = {"crash", "memory", "timeout"}  # failures that may go away by themselves
 
@@ -190,13 +193,34 @@ def load(path: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED[record["kind"]] if key not in record]
     if missing:
         raise UserError(f"record {path}: lacks {missing[0]!r}; delete it to make it again")
+    wrong = _wrong_accuracy(record) if record["kind"] == "train" else None
+    if wrong is not None:
+        raise UserError(f"record {path}: {wrong}; it was changed or damaged: delete it to make it again")
     return record
+
+
+def _wrong_accuracy(record: dict[str, Any]) -> str | None:
+    """What does not fit together in a train record's accuracies, beginning with the key at fault; None where all does."""
+    images, shares = record["test_images"], {key: record[key] for key in ("top1", "top5")}
+    shares |= {key: record[key] for key in ("val_top1", "ema_top1") if record.get(key) is not None}
+    if type(images) is not int or images < 1:
+        return f"test_images {images!r} is no number of images"
+    wrong = next((key for key, share in shares.items() if type(share) not in (int, float) or not 0 <= share <= 1), None)
+    if wrong is not None:
+        return f"{wrong} {shares[wrong]!r} is no share from 0 to 1"
+    try:
+        correct = bits(record["correct"], images)
+    except ValueError as error:
+        return f"correct: {error}"
+    if abs(correct.mean() - shares["top1"]) > ROUNDED:
+        return f"top1 {shares['top1']} is not the share of images in correct, {correct.mean():.6f}"
+    return f"top5 {shares['top5']} is below top1 {shares['top1']}" if shares["top5"] < shares["top1"] - ROUNDED else None
 
 
 def load_all(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(benchmark, record) of all records, in a fixed order."""
     for path in sorted(results.glob("*/*.json")):
-        if path.parent.name != "checkpoints":
+        if path.parent.name != "checkpoints" and not hidden_part(path.relative_to(results)):
             yield path.parent.name, load(path)
 
 

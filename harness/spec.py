@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,12 +21,14 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 MANAGED = {  # arguments of timm's constructors that other parts of a spec decide
-    "pretrained": "use dense.weights",
     "num_classes": "it comes from the data",
     "img_size": "use data.image_size (of cost: --image-size)",
     "in_chans": "images always have 3 channels",
     "drop_path_rate": "use recipe.drop_path",
 }
+FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf_hub", "local_dir", "custom_load", "state_dict")  # how arguments begin that load from elsewhere
+FOREIGN_EXACT = {"file", "url", "pruned", "weights"}  # and others that do, by their whole name
+SOURCES = (":", "/", "\\")  # in a name: timm takes it for a repository or a folder
 
 
 class Data(Strict):
@@ -45,7 +48,8 @@ class Data(Strict):
 
 
 class Backbone(Strict):
-    """A timm model and any of its constructor's arguments; classes and image size come from the data."""
+    """A timm model and any of its constructor's arguments; classes and image size come from the data. What would load weights or settings from a file
+    or from the network is refused, at any depth: ids know the arguments, not what is in a file. Weights come by dense.weights."""
 
     name: str = "deit_small_patch16_224"
     kwargs: dict[str, Any] = {}
@@ -55,7 +59,25 @@ class Backbone(Strict):
         for key, place in MANAGED.items():
             if key in self.kwargs:
                 raise ValueError(f"kwargs: {key} is not set here; {place}")
+        if any(sign in self.name for sign in SOURCES):
+            raise ValueError(f"name: {self.name} is a place to load from; write the name of one of timm's models, and use dense.weights for weights")
+        foreign = next(_foreign(self.kwargs), None)
+        if foreign is not None:
+            raise ValueError(f"kwargs: {foreign} would load something from a file or the network; use dense.weights for weights")
         return self
+
+
+def _foreign(value: Any) -> Iterator[str]:
+    """The keys in nested dicts and lists of arguments that load from elsewhere."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            name = str(key).strip().lower().replace("-", "_")
+            if name.startswith(FOREIGN) or name in FOREIGN_EXACT:
+                yield str(key)
+            yield from _foreign(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _foreign(inner)
 
 
 class Dense(Strict):
@@ -107,6 +129,11 @@ class Recipe(Strict):
     cutmix: NonNegative = 1.0
     mixup_prob: Share = 1.0
     mixup_switch_prob: Share = 0.5
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, and so all targets are shares of the classes: of single images, too."""
+        return bool(self.mixup or self.cutmix)
 
     @model_validator(mode="after")
     def _picture_transforms_need_resized(self) -> Recipe:

@@ -57,13 +57,11 @@ class Magnitude(methods.Method):
     def deploy(self, sparse: nn.Module) -> nn.Module:
         """Zeros in dense weights: no kernel skips them."""
         deployed = super().deploy(sparse)
-        deployed.kept = mask_densities(sparse)
         bake(deployed)
         return deployed
 
     def report(self, module: nn.Module, images: Tensor) -> methods.Report:
-        density = module.kept if hasattr(module, "kept") else mask_densities(module)
-        return methods.Report(dense_report(module).blocks, density)
+        return methods.Report(dense_report(module).blocks, mask_densities(module))
 
     def phases(
         self, sparse: nn.Module, criterion: nn.Module, teacher: nn.Module | None = None

@@ -158,6 +158,14 @@ BROKEN = {
                 fast.blocks[3].mlp.fc1.weight.mul_(0.9)
             return fast
         """,
+    "deployed can be saved": """
+        def deploy(self, sparse):
+            fast = super().deploy(sparse)
+            fast.head_drop = nn.Sequential(nn.Identity())
+            fast.head_drop.gain = sparse.head.weight.detach()[0]  # decides, and is no buffer
+            fast.head_drop.register_forward_hook(lambda module, inputs, output: output * (1 + 1e-5 * module.gain))
+            return fast
+        """,
     "predictions do not depend on the batch": """
         def sparsify(self, vit):
             sparse = copy.deepcopy(vit)

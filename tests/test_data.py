@@ -264,7 +264,7 @@ def test_an_archive_is_not_taken_for_both_splits(tree, card, tmp_path):
 def test_a_damaged_test_image_is_an_error_that_names_it(changed_tree, card):
     (changed_tree / "val" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff broken")
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"test split has a file that is no readable image.*broken\.jpg") as told:
+        with pytest.raises(UserError, match=r"test split: no readable image.*broken\.jpg") as told:
             opened(card(), changed_tree, workers=workers)
         assert "\n" not in str(told.value)
 

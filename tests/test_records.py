@@ -2,12 +2,14 @@
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import records
 from harness.errors import UserError
+from harness.packing import pack
 from harness.records import Store, identify, write_atomically
 
 json_values = st.recursive(
@@ -50,6 +52,9 @@ def a_train_record(record_id="ab12"):
         "id": record_id,
         "kind": "train",
         "top1": 0.1 + 0.2,
+        "top5": 1.0,
+        "test_images": 10,
+        "correct": pack(np.arange(10) < 3),
         "label": "Δ",
     }
 

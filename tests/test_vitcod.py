@@ -517,9 +517,9 @@ def test_deployed_where_it_was_trained():
     attention = untrained()[3].blocks[0].attn
     assert attention.kept.device == CPU
     attention.use_kernel("listed", CPU)
-    assert set(attention._buffers) == {"starts", "listed"}
+    assert set(attention._buffers) == {"kept", "starts", "listed"}
     attention.use_kernel("fused", CPU)
-    assert set(attention._buffers) == {"bias"}
+    assert set(attention._buffers) == {"kept", "bias"}
 
 
 def test_lists_take_float32_on_the_cpu_alone():

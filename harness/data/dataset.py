@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,6 +29,7 @@ from harness.data.sources import (
     open_split,
 )
 from harness.errors import UserError
+from harness.hidden import left_out
 from harness.spec import Data, Recipe
 from methods.core.noise import Noise
 
@@ -75,6 +77,11 @@ class ImageData:
         self.unreadable = dict(getattr(self.train, "unreadable", {}))
 
     @property
+    def left_out(self) -> str | None:
+        """A line that says which hidden files and folders are not read; None where there are none."""
+        return left_out(self.train.left_out | self.test.left_out)
+
+    @property
     def identity(self) -> dict:
         """What enters the hash of a train record."""
         card = self.card
@@ -100,8 +107,7 @@ class ImageData:
 
     def order(self, recipe: Recipe, seed: int, cluster: Cluster = ALONE) -> Order:
         """Which images every training step sees."""
-        mixes = bool(recipe.mixup or recipe.cutmix)
-        return Order(self.train_ids, recipe.batch_size, seed, recipe.repeats, mixes, cluster.part)
+        return Order(self.train_ids, recipe.batch_size, seed, recipe.repeats, recipe.mixes, cluster.part)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Whole batches in the training split (one, where it is smaller than a batch)."""
@@ -128,9 +134,9 @@ class ImageData:
             images, labels = images.to(device), labels.to(device, non_blocking=True)
             if erase is not None:
                 images = erase(images.contiguous(), keys, seed, order.epoch(step))
-            if mixup is not None and len(images) > 1:
+            if mixup is not None:
                 seed_everything(seed_of(seed, step, 1))  # timm's mixing draws from the global generators
-                images, labels = mixup(images, labels)
+                images, labels = mixup(images, labels) if len(images) > 1 else (images, self._alone(labels, recipe))
             yield Batch(images, labels, keys.to(device, non_blocking=True), of=len(order.keys(step)))
 
     def eval_batches(
@@ -209,12 +215,16 @@ class ImageData:
             yield self.normalise(samples.images, device), samples.labels, samples.keys
 
     def _mixup(self, recipe: Recipe) -> Mixup | None:
-        if not (recipe.mixup or recipe.cutmix):
+        if not recipe.mixes:
             return None
         return Mixup(
             recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob, switch_prob=recipe.mixup_switch_prob,
             label_smoothing=recipe.label_smoothing, num_classes=self.classes,
         )  # fmt: skip
+
+    def _alone(self, labels: Tensor, recipe: Recipe) -> Tensor:
+        """Targets [B, classes] of images that have none to be mixed with: what mixing gives an image with itself."""
+        return mixup_target(labels, self.classes, lam=1.0, smoothing=recipe.label_smoothing)
 
 
 def open_data(data: Data, spec_folder: Path, data_root: str | None = None, crop: str = "none") -> ImageData:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from harness.data.labels import whole
+from harness.data.rgb import UnknownRange, to_rgb
 from harness.data.shards import Shards
 from harness.errors import UserError
 
@@ -36,12 +38,15 @@ class Readable:
 
     def read(self, index: int) -> tuple[Image.Image, int, str | None]:
         """(RGB picture, label, what is wrong with image `index` if the picture is another one's). The next readable image of `ids`
-        takes its place, so what a damaged image becomes depends on nothing else. DataLost; UserError where none is left."""
+        takes its place, so what a damaged image becomes depends on nothing else. DataLost; UserError where none is left, and at once for a label
+        that is no whole number and a mode of unknown range: all other images may be like that."""
         wrong, tried = None, index
         for _ in range(1 if self.ids is None else len(self.ids) + 1):
             try:
                 picture, label = self.dataset[tried]
-                return picture.convert("RGB"), int(label), wrong
+                return to_rgb(picture), whole(label, self.name(tried)), wrong
+            except UnknownRange as error:
+                raise UserError(f"{self.name(tried)}: {error}") from None
             except (OSError, *DAMAGED) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # the system's error, not PIL's
                     raise DataLost(

@@ -17,7 +17,9 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Dataset
 
+from harness.data.labels import whole
 from harness.errors import UserError
+from harness.hidden import hidden_part
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABELS = ("cls", "label", "json")  # a number, or a JSON object with one under "label" or "cls"
@@ -25,12 +27,14 @@ LABELS = ("cls", "label", "json")  # a number, or a JSON object with one under "
 
 @dataclass
 class Shards(Dataset):
-    """(PIL image, label) by number, in the order of the shards. targets: labels; places: (shard, offset, bytes) of each image; names."""
+    """(PIL image, label) by number, in the order of the shards. targets: labels; places: (shard, offset, bytes) of each image; names.
+    left_out: hidden shards and images (see `harness.hidden`)."""
 
     files: list[Path]
     targets: list[int] = field(default_factory=list)
     places: list[tuple[int, int, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -56,13 +60,15 @@ def open_shards(root: Path, split: str) -> Shards:
         raise UserError(f"{root}: not a folder; the reader wds/ reads a folder with .tar files")
     pattern = split if split.endswith(".tar") else f"*{split}*.tar"
     names = _expanded(pattern)
-    files = sorted({path for name in names for path in root.glob(name)})
+    found = {name: list(root.glob(name)) for name in names}
+    hidden = {path: hidden_part(path.relative_to(root)) for paths in found.values() for path in paths}
+    files = sorted(path for path, is_hidden in hidden.items() if not is_hidden)
     if not files:
         raise UserError(f"{root}: no shard matches {pattern}")
-    missing = next((name for name in names if not any(root.glob(name))), None)
+    missing = next((name for name, paths in found.items() if all(hidden[path] for path in paths)), None)
     if missing is not None:
         raise UserError(f"{root}: the shard {missing} is missing")
-    shards = Shards(files)
+    shards = Shards(files, left_out={part for part in hidden.values() if part})
     for number, path in enumerate(files):
         _index(shards, number, path)
     if not len(shards):
@@ -77,6 +83,10 @@ def _index(shards: Shards, number: int, path: Path) -> None:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                part = hidden_part(member.name)
+                if part is not None:
+                    shards.left_out |= {f"{path.name}:{part}"} if member.name.lower().endswith(IMAGES) else set()
+                    continue
                 key, _, extension = member.name.rpartition("/")[2].partition(".")
                 key, extension = f"{Path(member.name).parent}/{key}", extension.lower()
                 if extension in IMAGES:
@@ -84,7 +94,7 @@ def _index(shards: Shards, number: int, path: Path) -> None:
                         raise ValueError(f"two images are called {key}")
                     images[key] = (member.offset_data, member.size)
                 elif extension in LABELS and key not in labels:
-                    label = _label(archive.extractfile(member).read())
+                    label = _label(archive.extractfile(member).read(), f"{path}: {member.name}")
                     labels |= {key: label} if label is not None else {}
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -98,12 +108,12 @@ def _index(shards: Shards, number: int, path: Path) -> None:
         shards.names.append(f"{path.name}:{key.removeprefix('./')}")
 
 
-def _label(content: bytes) -> int | None:
+def _label(content: bytes, where: str) -> int | None:
     """None for an object with other things in it."""
     value = json.loads(content)
     if isinstance(value, dict):
         value = value.get("label", value.get("cls"))
-    return int(value) if value is not None else None
+    return whole(value, where) if value is not None else None
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -6,24 +6,29 @@ import dataclasses
 import hashlib
 import importlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness.data.cards import Card
+from harness.data.folders import VisibleFolder, open_picture, visible_classes, without_hidden
+from harness.data.labels import whole, whole_numbers
 from harness.data.readable import Readable, Sample, collate, read_sample
+from harness.data.rgb import to_rgb
 from harness.data.shards import Shards, open_shards
 from harness.errors import UserError
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
 _FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
+_AS_THEY_ARE = {"hfds": {"input_img_mode": ""}, "hfids": {"input_img_mode": ""}}  # pictures are converted here, for all readers
 _NEEDED = {
     "hfds": ("datasets", "load_dataset"),
     "hfids": ("datasets", "load_dataset"),
@@ -34,20 +39,22 @@ _NEEDED = {
 @dataclass
 class Arrays:
     """A decoded split: images uint8 [N, C, S, S] with 1 or 3 channels, labels int64 [N]. unreadable: what was wrong with the
-    files of images in whose places others stand, by number."""
+    files of images in whose places others stand, by number; left_out: hidden files and folders that are not read."""
 
     images: Tensor
     labels: Tensor
     unreadable: dict[int, str] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
 
 
 @dataclass
 class Files:
-    """A split that is decoded as it is read: `dataset` maps a number to (PIL image, label)."""
+    """A split that is decoded as it is read: `dataset` maps a number to (PIL image, label). left_out: see Arrays."""
 
     dataset: Dataset
     labels: Tensor
     listing: str  # identifies the files: names and sizes
+    left_out: set[str] = field(default_factory=set)
 
 
 Split = Arrays | Files
@@ -63,20 +70,19 @@ def open_split(
     dataset = _open_reader(card, root, which)
     if isinstance(dataset, IterableDataset):
         transform = evaluation_transform(image_size, card.crop_pct)
-        samples = ((transform(image.convert("RGB"))[None], [int(label)]) for image, label in dataset)
-        return _decode(card, samples, which, image_size)
-    labels = _labels_of(dataset)
+        return _decode(card, _streamed(dataset, transform), which, image_size)
+    labels, left_out = _labels_of(dataset, f"data card {card.name}: the {which} split"), getattr(dataset, "left_out", set())
     if (labels is None or not as_files) and len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
         readable = Readable(dataset, torch.arange(len(dataset)) if which == "train" else None)
         decoded = Decoded(readable, image_size, card.crop_pct)
         loader = DataLoader(decoded, batch_size=256, num_workers=workers, collate_fn=collate)
         unreadable: dict[int, str] = {}
         split = _decode(card, _looked_at(loader, card, which, unreadable), which, image_size)
-        return dataclasses.replace(split, unreadable=unreadable)
+        return dataclasses.replace(split, unreadable=unreadable, left_out=left_out)
     if labels is None:
         raise UserError(f"data card {card.name}: {len(dataset):,} images of {image_size} pixels do not fit into memory, and "
                         f"the reader {card.reader} cannot be streamed yet; use an ImageFolder tree (reader: folder)")  # fmt: skip
-    return Files(dataset, labels, _listing(dataset, root))
+    return Files(dataset, labels, _listing(dataset, labels, root), left_out)
 
 
 def class_names(card: Card, root: Path | None) -> list[str] | None:
@@ -88,7 +94,7 @@ def class_names(card: Card, root: Path | None) -> list[str] | None:
     found = {}
     for which in ("train", "test"):
         folder = _split_folder(card, root, which)
-        found[which] = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        found[which] = visible_classes(folder)
     for which, other in (("train", "test"), ("test", "train")):
         extra = sorted(set(found[which]) - set(found[other]))
         if extra:
@@ -137,13 +143,16 @@ def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
     shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
     if images.dtype != np.uint8 or not shape_fits or labels.shape != images.shape[:1] or not len(labels):
         raise UserError(
-            f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels"
+            f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels, not {images.dtype} "
+            f"{list(images.shape)} with {list(labels.shape)} labels; scale other numbers to 0 to 255 first"
         )
+    if images.max() == 1:
+        raise UserError(f"{root}: {split}_images has no value above 1; white is 255, so scale the images to 0 to 255")
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     if tensor.shape[-2:] != (image_size, image_size):
         tensor = _resize(tensor, image_size)
-    return Arrays(tensor, torch.from_numpy(labels.astype(np.int64)))
+    return Arrays(tensor, whole_numbers(labels, f"{root}: {split}_labels"))
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -170,15 +179,15 @@ def _open_reader(card: Card, root: Path | None, which: str) -> Any:
         return open_shards(root, split)
     try:
         if card.reader == "folder":
-            # torchvision's ImageFolder: a class per folder on the first level, and an error for one without images.
-            return create_dataset(
-                "torch/image_folder", root=str(_split_folder(card, root, which)), search_split=False, **card.options
-            )
-        return create_dataset(
+            return VisibleFolder(str(_split_folder(card, root, which)), **card.options)
+        dataset = create_dataset(
             card.reader, root=str(root) if root else None, split=split, download=card.download,
-            num_samples=card.sizes.get(which), **card.options,
+            num_samples=card.sizes.get(which), **(_AS_THEY_ARE.get(prefix, {}) | card.options),
         )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, AssertionError, TypeError) as error:
+        if hasattr(dataset, "loader"):
+            dataset.loader = open_picture  # torchvision's own would convert pictures to RGB
+        return Opened(dataset.reader) if prefix == "hfds" else without_hidden(dataset)
+    except (OSError, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:
         first_line = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise UserError(
             f"data card {card.name}: the {which} split ({card.reader}, {root or 'no root'}): {first_line}"
@@ -200,6 +209,20 @@ def _split_folder(card: Card, root: Path, which: str) -> Path:
     return folder
 
 
+class Opened(Dataset):
+    """The pictures of one of timm's readers as they are. timm's own data set takes the next image, and its label, where one cannot be opened."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        stream, label = self.reader[index][:2]
+        return Image.open(stream), label
+
+
 class Decoded(Dataset):
     """Readable pictures as samples with timm's evaluation transform."""
 
@@ -218,7 +241,7 @@ def _looked_at(loader: Iterable, card: Card, which: str, unreadable: dict[int, s
     """(images, labels) of a loader of samples; what is wrong goes into `unreadable`, and DataLost is raised for a lost image."""
     for batch in loader:
         if batch.lost:
-            raise UserError(f"data card {card.name}: the {which} split has a file that is {batch.lost}")
+            raise UserError(f"data card {card.name}: the {which} split: {batch.lost}")
         unreadable |= batch.wrong
         yield batch.images, batch.labels
 
@@ -247,6 +270,16 @@ def _decode(card: Card, batches: Iterable, which: str, image_size: int) -> Array
     return Arrays(torch.cat(images), torch.cat(labels))
 
 
+def _streamed(dataset: IterableDataset, transform: Any) -> Iterator[tuple[Tensor, list[int]]]:
+    """The pictures of a stream, one after the other, as batches of one. OSError for one that cannot be used."""
+    for number, (picture, label) in enumerate(dataset):
+        try:
+            image = to_rgb(picture)
+        except ValueError as error:
+            raise OSError(f"image {number}: {error}") from None
+        yield torch.as_tensor(transform(image))[None], [whole(label, f"image {number}")]
+
+
 def _readable(card: Card, batches: Iterable, which: str) -> Iterable:
     """The same batches; UserError where a file cannot be read as an image."""
     try:
@@ -254,28 +287,29 @@ def _readable(card: Card, batches: Iterable, which: str) -> Iterable:
     except (OSError, SyntaxError) as error:  # PIL's; from a worker process with a traceback before the last line
         last_line = str(error).strip().split("\n")[-1]
         raise UserError(
-            f"data card {card.name}: the {which} split has a file that is no readable image: {last_line}"
+            f"data card {card.name}: the {which} split: no readable image: {last_line}"
         ) from None
 
 
-def _labels_of(dataset: Any) -> Tensor | None:
-    """All labels of a map-style dataset without decoding an image; None where its reader does not tell."""
+def _labels_of(dataset: Any, where: str) -> Tensor | None:
+    """All labels of a map-style dataset without decoding an image; None where its reader does not tell. UserError, which begins with `where`, for
+    the first that is no whole number."""
     reader = getattr(dataset, "reader", dataset)
     if getattr(reader, "samples", None) is not None:
-        return torch.tensor([label for _, label in reader.samples])
+        return whole_numbers([label for _, label in reader.samples], where)
     if getattr(reader, "targets", None) is not None:
-        return torch.as_tensor(reader.targets)
+        return whole_numbers(reader.targets, where)
     column = getattr(reader, "label_key", None)  # a Hugging Face data set
-    return torch.tensor(reader.dataset[column]) if column else None
+    return whole_numbers(reader.dataset[column], where) if column else None
 
 
-def _listing(dataset: Any, root: Path | None) -> str:
+def _listing(dataset: Any, labels: Tensor, root: Path | None) -> str:
     """File names, sizes and labels, one image a line; or the labels alone, where there are no files."""
     if isinstance(dataset, Shards):
         return dataset.listing
     samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
     if samples is None:
-        return " ".join(map(str, _labels_of(dataset).tolist()))
+        return " ".join(map(str, labels.tolist()))
     return "\n".join(
         f"{Path(name).relative_to(root or '.')} {Path(name).stat().st_size} {label}" for name, label in samples
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +78,48 @@ def deployed_equals_sparse(subject: Subject) -> None:
     )
     require(difference < 1e-4, f"logits of the deployed model differ from the sparse model's by {difference:.2g}")
     require(models.state_digest(subject.trained.state_dict()) == before, "deploy changes the sparse model")
+
+
+def deployed_can_be_saved(subject: Subject) -> None:
+    """What ships is in the state dict: saved as torch.save does it, it is loaded, strictly, into the deployed form of an untrained model of other
+    weights, which then predicts and reports the same."""
+    torch.manual_seed(2)  # six steps move little: what decides (thresholds, say) must differ so much that it is seen
+    deployed = subject.method.deploy(_with_other_weights(subject.trained))
+    other = subject.method.deploy(subject.method.sparsify(_with_other_weights(subject.vit)))
+    file = io.BytesIO()
+    torch.save(deployed.state_dict(), file)
+    file.seek(0)
+    try:
+        other.load_state_dict(torch.load(file, weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise Broken(f"the deployed state dict cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    difference = _distance(_logits(other, subject.images), _logits(deployed, subject.images))
+    require(
+        difference == 0,
+        f"a deployed model restored from its state dict differs by {difference:.2g} in its logits: what it needs is kept elsewhere",
+    )
+    kept, restored = (_kept(subject, model) for model in (deployed, other))
+    wrong = next((name for name in kept.keys() | restored.keys() if kept.get(name) != restored.get(name)), None)
+    require(wrong is None, f"a deployed model restored from its state dict reports other {wrong} than before")
+
+
+def _with_other_weights(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return other
+
+
+def _kept(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """The numbers of a model's report, by name."""
+    report = subject.method.report(model, subject.images)
+    found: dict[str, Any] = {f"density of {name}": density for name, density in report.weight_density.items()}
+    for index, block in enumerate(report.blocks):
+        for kind in ("keys", "queries", "mlp", "active_heads", "attention_density", "active_neurons"):
+            value = getattr(block, kind)
+            found[f"{kind} of block {index}"] = None if value is None else value.tolist()
+    return found | {f"overhead of {overhead.name}": overhead.macs.tolist() for overhead in report.overhead}
 
 
 def predictions_do_not_depend_on_the_batch(subject: Subject) -> None:

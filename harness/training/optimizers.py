@@ -11,7 +11,7 @@ from timm.layers import LayerNorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.spec import Recipe
@@ -22,11 +22,30 @@ FUSED = {"fused_adamw": "torch's fused AdamW", "fused_adam": "NVIDIA apex's"}
 APEX = "https://github.com/NVIDIA/apex"
 
 
+class Criterion(nn.Module):
+    """A classification loss that takes targets of one form: soft, shares of the classes as floats [B, classes], or labels, int64 [B]. ValueError for
+    others, which torch may broadcast into a loss without meaning."""
+
+    def __init__(self, loss: nn.Module, soft: bool) -> None:
+        super().__init__()
+        self.loss, self.soft = loss, soft
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        wanted = logits.shape if self.soft else logits.shape[:1]
+        has_type = targets.is_floating_point() if self.soft else targets.dtype == torch.int64
+        if targets.shape != wanted or not has_type:
+            form = "shares of the classes, floats" if self.soft else "labels, int64"
+            raise ValueError(f"the recipe's loss takes {form} {list(wanted)}, for logits {list(logits.shape)}; it was given targets {targets.dtype} "
+                             f"{list(targets.shape)}")  # fmt: skip
+        return self.loss(logits, targets)
+
+
 def make_criterion(recipe: Recipe) -> nn.Module:
     """(logits, targets) to the classification loss: for mixed targets, smoothed ones, or plain ones."""
-    if recipe.mixup or recipe.cutmix:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(recipe.label_smoothing) if recipe.label_smoothing else nn.CrossEntropyLoss()
+    if recipe.mixes:
+        return Criterion(SoftTargetCrossEntropy(), soft=True)
+    smoothing = recipe.label_smoothing
+    return Criterion(LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss(), soft=False)
 
 
 def check_recipe(recipe: Recipe, key: str, device: torch.device | None = None) -> None:

@@ -61,15 +61,20 @@ def apply_masks(model: nn.Module) -> None:
 
 
 def mask_densities(model: nn.Module) -> dict[str, float]:
-    """The share of weights that the mask keeps, by the weight's name."""
-    return {name: float(layer.weight_mask.double().mean()) for name, layer in masked_layers(model).items()}
+    """The share of weights that the mask keeps, by the weight's name; where masks were baked, the share that they kept."""
+    masks = {name: layer.weight_mask.double().mean() for name, layer in masked_layers(model).items()}
+    baked = {f"{name}.weight": layer.weights_kept / layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "weights_kept")}
+    return {name: float(share) for name, share in (masks | baked).items()}
 
 
 def bake(model: nn.Module) -> None:
-    """Masks the weights for good: plain layers again, with zeros in their weights and no mask."""
+    """Masks the weights for good: plain layers again, with zeros in their weights and no mask. How many each kept is in a buffer, `weights_kept`: a
+    weight that is on may be zero, too, so the weights do not say it, and a state dict should."""
     for layer in masked_layers(model).values():
         _apply(layer)
+        kept = layer.weight_mask.sum() * (layer.weight.numel() // layer.weight_mask.numel())
         del layer.weight_mask
+        layer.register_buffer("weights_kept", kept.long())
         layer.__class__ = _PLAIN[type(layer)]
 
 

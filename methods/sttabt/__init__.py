@@ -160,7 +160,7 @@ class STTABT(methods.Method):
         if deployed.approx is not None:
             thresholds = deployed.p_logit.detach().float().cpu()
             del deployed.transfer, deployed.p_logit
-            deployed.p_logit = thresholds  # a plain tensor stays float32 whatever the network becomes
+            deployed.register_buffer("p_logit", thresholds)
             deployed.approx.drop_what_chooses_nothing()
         return deployed
 

@@ -6,6 +6,8 @@ sorted by how deep they are needed, and a block's are the first ones. The host w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -50,7 +52,15 @@ class PackedAttention(MaskedAttention):
 
 
 class PackedViT(BackTrackedViT):
-    """Modifies BackTrackedViT: tokens that a block does not need are not there."""
+    """Modifies BackTrackedViT: tokens that a block does not need are not there. The thresholds are a buffer that stays where it is, float32 on the CPU,
+    whatever the network becomes."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedViT:
+        thresholds = self._buffers.pop("p_logit", None)
+        super()._apply(fn, recurse)
+        if thresholds is not None:
+            self.register_buffer("p_logit", thresholds)
+        return self
 
     def forward_features(self, x: Tensor, *args, **kwargs) -> Tensor:
         """Images to the output's tokens after the final norm, [B, outputs, C]."""

@@ -133,12 +133,7 @@ class SViTE(methods.Method):
         return sparse
 
     def deploy(self, sparse: nn.Module) -> nn.Module:
-        deployed = self.pattern.deploy(sparse).eval().requires_grad_(False)
-        deployed.kept = (
-            self.pattern.density(sparse),
-            self.pattern.units(sparse),
-        )  # what the report says: the masks are gone
-        return deployed
+        return self.pattern.deploy(sparse).eval().requires_grad_(False)
 
     def report(self, module: nn.Module, images: Tensor) -> methods.Report:
         is_selecting = isinstance(module, SelectingViT)
@@ -153,7 +148,7 @@ class SViTE(methods.Method):
             yield lambda images: self._report(module, module.blocks_of(*chosen[0]))
 
     def _report(self, module: nn.Module, blocks: Sequence[methods.BlockReport]) -> methods.Report:
-        density, units = getattr(module, "kept", None) or (self.pattern.density(module), self.pattern.units(module))
+        density, units = self.pattern.density(module), self.pattern.units(module)
         overhead = ()
         if isinstance(module, SelectingViT):
             tokens = module.patch_embed.num_patches + module.num_prefix_tokens

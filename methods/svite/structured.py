@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from methods.core.contract import Unsupported
 from methods.core.masking import bake, mask_layer
 from methods.svite.criteria import Growth, grow, survivors
+from methods.svite.deployed import NarrowAttention, remove_heads, remove_neurons
 from methods.svite.pattern import Moved, Units
 
 
@@ -56,20 +56,6 @@ class HeadTap(nn.Identity):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.tap is None or not self.training else _Scores.apply(x, self.tap)
-
-
-class NarrowAttention(Attention):
-    """Modifies timm's Attention: the heads together may be narrower than the tokens, which not every release of timm allows for."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:
-            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 @dataclass(frozen=True)
@@ -145,18 +131,22 @@ class Structured:
         bake(deployed)
         for block, units in zip(deployed.blocks, kept, strict=True):
             block.attn.norm = nn.Identity()
-            _remove_heads(block.attn, units.heads)
-            _remove_neurons(block.mlp, units.neurons)
+            remove_heads(block.attn, units.heads)
+            remove_neurons(block.mlp, units.neurons)
         return deployed
 
 
 def heads_of(attention: Attention) -> Tensor:
-    """The active heads, bool [H]: those with any row, of queries, keys or values."""
+    """The active heads, bool [H]: those with any row, of queries, keys or values; of all there were, where the others are gone."""
+    if isinstance(attention, NarrowAttention):
+        return attention.heads_kept
     return attention.qkv.weight_mask.view(3, attention.num_heads, -1).any(dim=2).any(dim=0)
 
 
 def neurons_of(mlp: Mlp) -> Tensor:
-    """The active neurons, bool [hidden]."""
+    """The active neurons, bool [hidden]; of all there were, where the others are gone."""
+    if hasattr(mlp, "neurons_kept"):
+        return mlp.neurons_kept
     return mlp.fc1.weight_mask[:, 0].clone()
 
 
@@ -199,37 +189,3 @@ def _require_plain(block: nn.Module, index: int) -> None:
         raise Unsupported(
             f"svite, structured: block {index} normalises its heads together, so dead ones cannot be taken out"
         )
-
-
-@torch.no_grad()
-def _remove_heads(attention: Attention, heads: Tensor) -> None:
-    """Takes the dead heads' rows out of qkv and their columns out of proj. What they still put out, the bias of their values, is constant,
-    since attention sums to one: it goes through the projection into its bias."""
-    rows = _qkv_rows(attention, heads)[:, 0]
-    columns = rows[: len(rows) // 3]
-    qkv, proj = attention.qkv, attention.proj
-    if qkv.bias is not None and not bool(columns.all()):
-        constant = proj.weight[:, ~columns] @ qkv.bias[2 * len(columns) :][~columns]
-        proj.bias = nn.Parameter(constant if proj.bias is None else proj.bias + constant, requires_grad=False)
-    attention.qkv, attention.proj = _part(qkv, rows=rows), _part(proj, columns=columns)
-    attention.num_heads = int(heads.sum())
-    attention.__class__ = NarrowAttention
-
-
-@torch.no_grad()
-def _remove_neurons(mlp: Mlp, neurons: Tensor) -> None:
-    mlp.fc1, mlp.fc2 = _part(mlp.fc1, rows=neurons), _part(mlp.fc2, columns=neurons)
-
-
-def _part(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
-    """A layer of some outputs (rows of the weight) or some inputs (columns)."""
-    weight, bias = layer.weight, layer.bias
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    if columns is not None:
-        weight = weight[:, columns]
-    part = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    part.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
-    if bias is not None:
-        part.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return part

@@ -21,7 +21,7 @@ from methods.vitcod import masks
 from methods.vitcod.autoencoder import hidden_heads
 from methods.vitcod.checkpoint import converted
 from methods.vitcod.deployed import deploy_attention
-from methods.vitcod.model import DECIDED, EVERYTHING, MADE_UP, CodedAttention, ViTCoDViT, make_coded
+from methods.vitcod.model import CODED, DECIDED, EVERYTHING, MADE_UP, CodedAttention, ViTCoDViT, make_coded
 from methods.vitcod.reorder import reorder
 from methods.vitcod.simulator import MEGAHERTZ, simulate
 from methods.vitcod.statistics import AverageAttention, HeadStatistics
@@ -196,18 +196,16 @@ class ViTCoD(methods.Method):
         _set_masks(sparse, [pattern] * len(sparse.blocks), MADE_UP)
 
     def deploy(self, sparse: ViTCoDViT) -> ViTCoDViT:
-        blocks = self._blocks(sparse)
         deployed = copy.deepcopy(sparse).eval()
         for attention in deployed.attentions:
             deploy_attention(attention)
-        deployed.reported = blocks, self._coding(sparse)  # the masks are in other forms now, the auto-encoder is gone
         return deployed.requires_grad_(False)
 
     def report(self, module: ViTCoDViT, images: Tensor) -> methods.Report:
-        blocks, coding = getattr(module, "reported", None) or (self._blocks(module), self._coding(module))
+        blocks = self._blocks(module)
         return methods.Report(
             blocks,
-            overhead=coding,
+            overhead=self._coding(module),
             remarks=tuple(self._remarks(module, blocks)),
             estimates=tuple(self._estimates(module, blocks)),
         )
@@ -224,11 +222,11 @@ class ViTCoD(methods.Method):
 
     def _coding(self, sparse: ViTCoDViT) -> tuple[methods.Overhead, ...]:
         """The auto-encoder as the paper has it: encoding and decoding of every token's channels."""
-        found = []
+        found, coded = [], CODED[self.settings.svd_type]
         for index, attention in enumerate(sparse.attentions):
-            matrices = 2 * len(attention.coded) * attention.num_heads * hidden_heads(attention.num_heads)
+            matrices = 2 * len(coded) * attention.num_heads * hidden_heads(attention.num_heads)
             macs = torch.tensor([matrices * attention.head_dim * sparse.tokens], dtype=torch.float64)
-            if attention.coded:
+            if coded:
                 found.append(methods.Overhead(f"blocks.{index}.attn", macs, block=index))
         return tuple(found)
 
@@ -312,7 +310,8 @@ def _pattern(attention: CodedAttention) -> methods.FixedAttention:
     """What pictures and files show of a mask."""
     kept = attention.kept.cpu()
     moved = [reorder(mask) for mask in kept]
-    average = attention.average.cpu() if bool(attention.average.any()) else None
+    average = attention.average
+    average = None if average is None or not bool(average.any()) else average.cpu()
     return methods.FixedAttention(
         kept, average, torch.stack([one.label for one in moved]), torch.tensor([one.global_tokens for one in moved])
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +22,39 @@ WORTH_A_TRY = {"listed": 0.7, "tiles": 0.8}  # kernels that compute more than th
 
 
 class FixedMaskAttention(Attention):
-    """Modifies timm's Attention: entries outside of the mask `kept` [H, N, N] (None: there is none) do not count.
+    """Modifies timm's Attention: entries outside of the mask `kept` [H, N, N] do not count; where it keeps all, there is none.
 
     "fused" and "plain" attention compute all entries and add minus infinity to those that are not kept. "listed" (CPU, float32) computes kept entries
     alone; "tiles" (GPU) computes tiles in which something is kept, with the tokens in orders of their own for each head. Which is fastest is found
     by measuring (see `harness.modes`), by way of `kernels` and `use_kernel`.
     """
 
-    kept: Tensor | None  # bool, on the CPU
+    kept: Tensor  # bool, a buffer: it is all that is saved of the mask, the others are made of it
+    average: Tensor | None  # of the maps that the masks were made from, for pictures; not saved
+    kernel: str  # the one in use
     skipping: str | None  # "listed" or "tiles"; None: all entries are computed
 
-    def set_mask(self, kept: Tensor | None) -> None:
+    def set_mask(self, kept: Tensor, average: Tensor | None = None) -> None:
         """Begins with fused attention."""
-        self.kept = None if kept is None else kept.cpu()  # no buffer: what a kernel needs of it becomes one
+        self.register_buffer("kept", kept)
+        self.average = average
         self.use_kernel("fused", self.qkv.weight.device)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What the kernel in use needs is made again of the mask that is loaded."""
+        super()._load_from_state_dict(state, prefix, *args)
+        self.average = None
+        self.use_kernel(self.kernel if self.kernel in self.kernels(self.kept.device) else "fused", self.kept.device)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether there is no mask."""
+        return bool(self.kept.all())
 
     def kernels(self, device: torch.device) -> tuple[str, ...]:
         """What can be tried on this device; the usual choice first."""
         usual = ("fused", "plain")
-        if self.kept is None:
+        if self.keeps_all:
             return usual
         if device.type == "cpu" and self.qkv.weight.dtype == torch.float32 and isinstance(self.q_norm, nn.Identity):
             return (*usual, "listed") if float(self.kept.double().mean()) < WORTH_A_TRY["listed"] else usual
@@ -49,17 +64,17 @@ class FixedMaskAttention(Attention):
 
     def use_kernel(self, kernel: str, device: torch.device) -> None:
         """Goes on with one of `kernels`."""
-        self.skipping, self.fused_attn = kernel if kernel in WORTH_A_TRY else None, kernel == "fused"
-        dtype = self.qkv.weight.dtype
-        for name in list(self._buffers):
+        self.kernel, self.skipping, self.fused_attn = kernel, kernel if kernel in WORTH_A_TRY else None, kernel == "fused"
+        dtype, kept = self.qkv.weight.dtype, self.kept.cpu()
+        for name in self._buffers.keys() - {"kept"}:
             del self._buffers[name]  # of the kernel before
         buffers: dict[str, Tensor | None] = {}
         if self.skipping is None:
             self.register_buffer("bias", None)
-            if self.kept is not None:
-                buffers["bias"] = torch.zeros(self.kept.shape, dtype=dtype).masked_fill(~self.kept, -torch.inf)
+            if not bool(kept.all()):
+                buffers["bias"] = torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -torch.inf)
         elif kernel == "listed":
-            buffers["starts"], buffers["listed"] = listed(self.kept)
+            buffers["starts"], buffers["listed"] = listed(kept)
         elif kernel == "tiles":
             found, head = self.tiling(), torch.arange(self.num_heads)[:, None]
             buffers["tile_bias"] = torch.zeros(found.kept.shape, dtype=dtype).masked_fill(~found.kept, -torch.inf)
@@ -76,7 +91,7 @@ class FixedMaskAttention(Attention):
 
     def tiling(self) -> Tiling:
         """The mask in tiles."""
-        kept = self.kept.numpy()
+        kept = self.kept.cpu().numpy()
         return _tiling(np.packbits(kept).tobytes(), kept.shape)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -116,10 +131,10 @@ def _tiling(packed: bytes, shape: tuple[int, ...]) -> Tiling:
 def deploy_attention(attention: CodedAttention) -> None:
     """Turns the trained form into the one that ships, in place."""
     fold(attention)
-    kept = None if bool(attention.kept.all()) else attention.kept.clone()
+    kept, average = attention.kept.clone(), attention.average.cpu() if bool(attention.average.any()) else None
     attention._buffers.clear()
     attention.__class__ = FixedMaskAttention
-    attention.set_mask(kept)
+    attention.set_mask(kept, average)
 
 
 @torch.no_grad()
