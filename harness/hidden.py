@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import PurePath
 
@@ -15,10 +16,10 @@ SHOWN = 3  # names in a line about what is left out
 def hidden_part(path: PurePath | str) -> str | None:
     """The path up to its first hidden part: a name that begins with a dot (as .ipynb_checkpoints, .DS_Store and ._cat.jpg do), or one of
     SYSTEM. None where all of it is visible. The path is relative: where a data set lies is nobody's business."""
-    parts = [part for part in PurePath(path).parts if part not in (".", "..")]
+    parts = str(path).replace(os.sep, "/").split("/")
     for place, part in enumerate(parts):
-        if part.startswith(".") or part.lower() in SYSTEM:
-            return "/".join(parts[: place + 1])
+        if (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM:
+            return "/".join(parts[: place + 1]).removeprefix("./")
     return None
 
 

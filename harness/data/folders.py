@@ -32,7 +32,6 @@ class VisibleFolder(ImageFolder):
 
     def __init__(self, root: str, **options: Any) -> None:
         self.left_out: set[str] = set()
-        self._folder = Path(root)
         super().__init__(root, loader=open_picture, is_valid_file=self._is_image, **options)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -46,7 +45,7 @@ class VisibleFolder(ImageFolder):
     def _is_image(self, path: str) -> bool:
         if not path.lower().endswith(IMG_EXTENSIONS):
             return False
-        part = hidden_part(os.path.relpath(path, self._folder))
+        part = hidden_part(path.removeprefix(str(self.root)).lstrip(os.sep))  # relpath would take longer than all else here
         self.left_out |= {part} if part else set()
         return part is None
 

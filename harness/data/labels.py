@@ -45,5 +45,6 @@ def whole_numbers(values: Iterable[Any] | np.ndarray | Tensor, where: str) -> Te
 def _array(values: Any) -> np.ndarray | None:
     """Numbers in an array [N], which can be looked at all at once; None for other things, which are looked at one by one."""
     array = values.numpy() if isinstance(values, Tensor) else values
-    is_numeric = isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in "iuf"
-    return array if is_numeric else None
+    if not (isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in "iuf"):
+        return None
+    return array.astype(np.float64) if array.dtype.kind == "f" else array

@@ -296,7 +296,7 @@ def _labels_of(dataset: Any, where: str) -> Tensor | None:
     the first that is no whole number."""
     reader = getattr(dataset, "reader", dataset)
     if getattr(reader, "samples", None) is not None:
-        return whole_numbers([label for _, label in reader.samples], where)
+        return whole_numbers(np.array([label for _, label in reader.samples]), where)
     if getattr(reader, "targets", None) is not None:
         return whole_numbers(reader.targets, where)
     column = getattr(reader, "label_key", None)  # a Hugging Face data set
