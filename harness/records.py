@@ -214,7 +214,9 @@ def _wrong_accuracy(record: dict[str, Any]) -> str | None:
         return f"correct: {error}"
     if abs(correct.mean() - shares["top1"]) > ROUNDED:
         return f"top1 {shares['top1']} is not the share of images in correct, {correct.mean():.6f}"
-    return f"top5 {shares['top5']} is below top1 {shares['top1']}" if shares["top5"] < shares["top1"] - ROUNDED else None
+    return (
+        f"top5 {shares['top5']} is below top1 {shares['top1']}" if shares["top5"] < shares["top1"] - ROUNDED else None
+    )
 
 
 def load_all(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,7 +26,15 @@ MANAGED = {  # arguments of timm's constructors that other parts of a spec decid
     "in_chans": "images always have 3 channels",
     "drop_path_rate": "use recipe.drop_path",
 }
-FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf_hub", "local_dir", "custom_load", "state_dict")  # how arguments begin that load from elsewhere
+FOREIGN = (
+    "pretrained",
+    "checkpoint",
+    "cache_dir",
+    "hf_hub",
+    "local_dir",
+    "custom_load",
+    "state_dict",
+)  # how arguments begin that load from elsewhere
 FOREIGN_EXACT = {"file", "url", "pruned", "weights"}  # and others that do, by their whole name
 SOURCES = (":", "/", "\\")  # in a name: timm takes it for a repository or a folder
 
@@ -60,10 +68,14 @@ class Backbone(Strict):
             if key in self.kwargs:
                 raise ValueError(f"kwargs: {key} is not set here; {place}")
         if any(sign in self.name for sign in SOURCES):
-            raise ValueError(f"name: {self.name} is a place to load from; write the name of one of timm's models, and use dense.weights for weights")
+            raise ValueError(
+                f"name: {self.name} is a place to load from; write the name of one of timm's models, and use dense.weights for weights"
+            )
         foreign = next(_foreign(self.kwargs), None)
         if foreign is not None:
-            raise ValueError(f"kwargs: {foreign} would load something from a file or the network; use dense.weights for weights")
+            raise ValueError(
+                f"kwargs: {foreign} would load something from a file or the network; use dense.weights for weights"
+            )
         return self
 
 

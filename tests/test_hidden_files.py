@@ -26,7 +26,23 @@ LEFT_BEHIND = [
     ".ipynb_checkpoints", ".DS_Store", "._cat.jpg", "__MACOSX", "Thumbs.db", "@eaDir", "lost+found", "$RECYCLE.BIN", ".Trash-1000", ".git",
     ".AppleDouble", "#recycle", "System Volume Information", "__pycache__", "desktop.ini", "THUMBS.DB", ".nfs0001", ".cat.jpg.swp",
 ]  # fmt: skip
-VISIBLE = ["cat", "n01440764", "_cat", "cat.dog", "cat~", "lost", "found", "recycle", "macosx", "1", "cat copy", "@home", "thumbs", "trash", "git"]
+VISIBLE = [
+    "cat",
+    "n01440764",
+    "_cat",
+    "cat.dog",
+    "cat~",
+    "lost",
+    "found",
+    "recycle",
+    "macosx",
+    "1",
+    "cat copy",
+    "@home",
+    "thumbs",
+    "trash",
+    "git",
+]
 
 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
@@ -90,7 +106,14 @@ def test_a_hidden_folder_is_no_class(tree, name, splits, is_empty):
     assert before.left_out is None
 
 
-INSIDE = ["._0.png", ".0.png", ".ipynb_checkpoints/0-checkpoint.png", "@eaDir/0.png", "__MACOSX/cat/._0.png", "puppies/.thumbnails/0.png"]
+INSIDE = [
+    "._0.png",
+    ".0.png",
+    ".ipynb_checkpoints/0-checkpoint.png",
+    "@eaDir/0.png",
+    "__MACOSX/cat/._0.png",
+    "puppies/.thumbnails/0.png",
+]
 
 
 @pytest.mark.parametrize("name", INSIDE)
@@ -184,7 +207,10 @@ def test_data_sets_of_torchvision_that_list_folders(tree, monkeypatch, attribute
     class Listed(VisionDataset):
         def __init__(self):
             super().__init__(str(tree))
-            listed = [(str(tree / "train" / "cat" / name), number) for number, name in enumerate(("0.png", "._0.png", "1.png"))]
+            listed = [
+                (str(tree / "train" / "cat" / name), number)
+                for number, name in enumerate(("0.png", "._0.png", "1.png"))
+            ]
             found = listed if attribute == "samples" else [(number, path.rsplit("/")[-1]) for path, number in listed]
             setattr(self, attribute, found)
 

@@ -79,7 +79,9 @@ DEEP = {  # 16 bits in all the ways that PIL opens them
 def test_sixteen_bits_are_scaled_by_their_range(tmp_path, content, name):
     data = opened(tmp_path, grey_tree(tmp_path / "tree", content, name))
     for split in (data.train, data.test):
-        assert int((split.images.long() - torch.from_numpy(EXPECTED)).abs().max()) <= 1  # PIL truncates where it scales itself
+        assert (
+            int((split.images.long() - torch.from_numpy(EXPECTED)).abs().max()) <= 1
+        )  # PIL truncates where it scales itself
     assert len(data.train.images[0].unique()) > 200
 
 
@@ -134,7 +136,9 @@ LOST = {
 
 
 def lost(pixels, mode):
-    picture = Image.frombytes(mode, (24, 24), np.ascontiguousarray(pixels).astype("<u2" if mode == "I;16" else "u1").tobytes())
+    picture = Image.frombytes(
+        mode, (24, 24), np.ascontiguousarray(pixels).astype("<u2" if mode == "I;16" else "u1").tobytes()
+    )
     if mode == "P":
         picture.putpalette([7, 7, 7] * 4)
     return encoded(picture, "PNG")
@@ -147,7 +151,9 @@ def test_what_becomes_constant_is_damaged(tmp_path, pixels, mode, message):
     root = grey_tree(tmp_path / "tree", lost(pixels, mode), "0.png", splits=("train",))
     data = opened(tmp_path, root)
     assert sorted(data.unreadable) == [0, 2]
-    assert all("0.png: all of it would become one colour" in wrong and message in wrong for wrong in data.unreadable.values())
+    assert all(
+        "0.png: all of it would become one colour" in wrong and message in wrong for wrong in data.unreadable.values()
+    )
     grey_tree(tmp_path / "tree", lost(pixels, mode), "0.png", splits=("val",))
     with pytest.raises(UserError, match=r"test split: no readable image: .*0\.png: all of it would become one colour"):
         opened(tmp_path, root)
@@ -155,7 +161,11 @@ def test_what_becomes_constant_is_damaged(tmp_path, pixels, mode, message):
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I;16"])
 def test_a_picture_of_one_colour_stays_one(mode):
-    content = png(np.full((8, 8, 1), 700), 0) if mode == "I;16" else encoded(Image.new("RGB", (8, 8), (9, 9, 9)).convert(mode), "PNG")
+    content = (
+        png(np.full((8, 8, 1), 700), 0)
+        if mode == "I;16"
+        else encoded(Image.new("RGB", (8, 8), (9, 9, 9)).convert(mode), "PNG")
+    )
     assert to_rgb(opened_from(content)).getcolors() == [(64, (round(700 / 257),) * 3 if mode == "I;16" else (9, 9, 9))]
 
 
@@ -217,7 +227,9 @@ def read_by(reader, tmp_path, content, monkeypatch):
         asked.update(options)
         return type("Data", (), {"reader": FakeReader(content)})() if reader == "hfds" else FakeStream(content)
 
-    monkeypatch.setattr(sources, "_import", lambda package: type("Package", (), {"load_dataset": None, "builder": None}))
+    monkeypatch.setattr(
+        sources, "_import", lambda package: type("Package", (), {"load_dataset": None, "builder": None})
+    )
     monkeypatch.setattr(sources, "create_dataset", made)
     found = opened(tmp_path, tmp_path, reader=f"{reader}/x").train.images
     assert asked.get("input_img_mode") == "" or reader == "tfds"  # TensorFlow decodes to 8 bits
@@ -253,13 +265,21 @@ ARRAYS = {
 
 @pytest.mark.parametrize(("images", "shown"), ARRAYS.values(), ids=ARRAYS)
 def test_arrays_of_other_ranges_are_refused(tmp_path, images, shown):
-    np.savez(tmp_path / "x.npz", **{f"{s}_images": images for s in ("train", "test")}, **{f"{s}_labels": np.arange(4) for s in ("train", "test")})
+    np.savez(
+        tmp_path / "x.npz",
+        **{f"{s}_images": images for s in ("train", "test")},
+        **{f"{s}_labels": np.arange(4) for s in ("train", "test")},
+    )
     with pytest.raises(UserError, match=rf"x\.npz: train_images must be uint8 .*not .*{shown}.*scale other numbers"):
         opened(tmp_path, tmp_path / "x.npz", reader="npz")
 
 
 def test_floats_that_were_cast_to_bytes_are_refused(tmp_path):
     images = (np.arange(4 * 8 * 8).reshape(4, 8, 8) / 200).astype(np.uint8)  # 0 and 1, as of floats from 0 to 1
-    np.savez(tmp_path / "x.npz", **{f"{s}_images": images for s in ("train", "test")}, **{f"{s}_labels": np.arange(4) for s in ("train", "test")})
+    np.savez(
+        tmp_path / "x.npz",
+        **{f"{s}_images": images for s in ("train", "test")},
+        **{f"{s}_labels": np.arange(4) for s in ("train", "test")},
+    )
     with pytest.raises(UserError, match="has no value above 1; white is 255"):
         opened(tmp_path, tmp_path / "x.npz", reader="npz")

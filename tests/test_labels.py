@@ -80,7 +80,11 @@ ARRAYS = {
 def test_labels_of_arrays(tmp_path, labels, message, split):
     images, right = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([0, 1, 1, 0])
     given_ = {"train": right, "test": right, split: labels}
-    np.savez(tmp_path / "x.npz", **{f"{s}_images": images for s in given_}, **{f"{s}_labels": value for s, value in given_.items()})
+    np.savez(
+        tmp_path / "x.npz",
+        **{f"{s}_images": images for s in given_},
+        **{f"{s}_labels": value for s, value in given_.items()},
+    )
     with pytest.raises(UserError) as told:
         open_data(card(tmp_path, reader="npz"), ROOT, str(tmp_path / "x.npz"))
     assert f"x.npz: {split}_labels, {message}" in str(told.value)
@@ -88,7 +92,11 @@ def test_labels_of_arrays(tmp_path, labels, message, split):
 
 def test_whole_floats_are_labels(tmp_path):
     images, labels = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), np.array([0.0, 1.0, 3.0, 2.0])
-    np.savez(tmp_path / "x.npz", **{f"{s}_images": images for s in ("train", "test")}, **{f"{s}_labels": labels for s in ("train", "test")})
+    np.savez(
+        tmp_path / "x.npz",
+        **{f"{s}_images": images for s in ("train", "test")},
+        **{f"{s}_labels": labels for s in ("train", "test")},
+    )
     assert open_data(card(tmp_path, reader="npz"), ROOT, str(tmp_path / "x.npz")).train.labels.tolist() == [0, 1, 3, 2]
 
 
@@ -109,7 +117,12 @@ def picture():
 def test_labels_of_shards(tmp_path, extension, label, shown):
     for split in ("train", "test"):
         with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
-            for name, content in (("a.png", picture()), ("a.cls", b"0"), ("b.png", picture()), (f"b.{extension}", label)):
+            for name, content in (
+                ("a.png", picture()),
+                ("a.cls", b"0"),
+                ("b.png", picture()),
+                (f"b.{extension}", label),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -164,7 +177,9 @@ MAKERS = {
 @pytest.mark.parametrize("reader", MAKERS)
 @pytest.mark.parametrize("wrong", [1.5, "cat", True, -1, None, [1, 2]], ids=str)
 def test_labels_of_other_readers(tmp_path, monkeypatch, reader, wrong):
-    monkeypatch.setattr(sources, "_import", lambda package: type("Package", (), {"load_dataset": None, "builder": None}))
+    monkeypatch.setattr(
+        sources, "_import", lambda package: type("Package", (), {"load_dataset": None, "builder": None})
+    )
     monkeypatch.setattr(sources, "create_dataset", lambda name, **options: MAKERS[reader](labels))
     labels = [0, 1, 2.0]
     assert open_data(card(tmp_path, reader=reader), ROOT, str(tmp_path)).train.labels.tolist() == [0, 1, 2]

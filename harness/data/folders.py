@@ -45,7 +45,9 @@ class VisibleFolder(ImageFolder):
     def _is_image(self, path: str) -> bool:
         if not path.lower().endswith(IMG_EXTENSIONS):
             return False
-        part = hidden_part(path.removeprefix(str(self.root)).lstrip(os.sep))  # relpath would take longer than all else here
+        part = hidden_part(
+            path.removeprefix(str(self.root)).lstrip(os.sep)
+        )  # relpath would take longer than all else here
         self.left_out |= {part} if part else set()
         return part is None
 

@@ -39,7 +39,9 @@ def whole_numbers(values: Iterable[Any] | np.ndarray | Tensor, where: str) -> Te
             return torch.from_numpy(array.astype(np.int64))
         number = int(np.flatnonzero(~good)[0])
         whole(array[number], f"{where}, image {number}")
-    return torch.tensor([whole(value, f"{where}, image {number}") for number, value in enumerate(values)], dtype=torch.int64)
+    return torch.tensor(
+        [whole(value, f"{where}, image {number}") for number, value in enumerate(values)], dtype=torch.int64
+    )
 
 
 def _array(values: Any) -> np.ndarray | None:

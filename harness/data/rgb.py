@@ -26,7 +26,9 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     found = _deep_to_rgb(picture) if _is_deep(picture) else _shallow_to_rgb(picture)
     if _is_one_colour(found) and not _is_one_colour(picture):
-        raise ValueError(f"all of it would become one colour in 8-bit RGB, but it has more than one value in mode {picture.mode}; {_advice(picture)}")
+        raise ValueError(
+            f"all of it would become one colour in 8-bit RGB, but it has more than one value in mode {picture.mode}; {_advice(picture)}"
+        )
     return found
 
 

@@ -28,7 +28,10 @@ from harness.errors import UserError
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
 _FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
-_AS_THEY_ARE = {"hfds": {"input_img_mode": ""}, "hfids": {"input_img_mode": ""}}  # pictures are converted here, for all readers
+_AS_THEY_ARE = {
+    "hfds": {"input_img_mode": ""},
+    "hfids": {"input_img_mode": ""},
+}  # pictures are converted here, for all readers
 _NEEDED = {
     "hfds": ("datasets", "load_dataset"),
     "hfids": ("datasets", "load_dataset"),
@@ -71,7 +74,10 @@ def open_split(
     if isinstance(dataset, IterableDataset):
         transform = evaluation_transform(image_size, card.crop_pct)
         return _decode(card, _streamed(dataset, transform), which, image_size)
-    labels, left_out = _labels_of(dataset, f"data card {card.name}: the {which} split"), getattr(dataset, "left_out", set())
+    labels, left_out = (
+        _labels_of(dataset, f"data card {card.name}: the {which} split"),
+        getattr(dataset, "left_out", set()),
+    )
     if (labels is None or not as_files) and len(dataset) * 3 * image_size**2 <= MEMORY_LIMIT:
         readable = Readable(dataset, torch.arange(len(dataset)) if which == "train" else None)
         decoded = Decoded(readable, image_size, card.crop_pct)
@@ -286,9 +292,7 @@ def _readable(card: Card, batches: Iterable, which: str) -> Iterable:
         yield from batches
     except (OSError, SyntaxError) as error:  # PIL's; from a worker process with a traceback before the last line
         last_line = str(error).strip().split("\n")[-1]
-        raise UserError(
-            f"data card {card.name}: the {which} split: no readable image: {last_line}"
-        ) from None
+        raise UserError(f"data card {card.name}: the {which} split: no readable image: {last_line}") from None
 
 
 def _labels_of(dataset: Any, where: str) -> Tensor | None:

@@ -188,10 +188,18 @@ class TrainRun:
         """Diverged where no step changed the weights, in all runs of this phase together, or the last ones spoiled them."""
         log = self.log
         if log.skipped + log.overflowed >= log.steps:
-            raise agreed(Diverged(f"phase {self.phase.name}: none of its {log.steps} steps had a finite loss and gradient, so it trained nothing"))
+            raise agreed(
+                Diverged(
+                    f"phase {self.phase.name}: none of its {log.steps} steps had a finite loss and gradient, so it trained nothing"
+                )
+            )
         spoiled = [not bool(p.detach().isfinite().all()) for p in self.stepper.parameters]
         if any(spoiled):
-            raise agreed(Diverged(f"phase {self.phase.name}: {sum(spoiled)} of {len(spoiled)} trained parameters are not finite at its end"))
+            raise agreed(
+                Diverged(
+                    f"phase {self.phase.name}: {sum(spoiled)} of {len(spoiled)} trained parameters are not finite at its end"
+                )
+            )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch. UserError where data has gone, or too much is damaged, in any process."""

@@ -63,7 +63,11 @@ def apply_masks(model: nn.Module) -> None:
 def mask_densities(model: nn.Module) -> dict[str, float]:
     """The share of weights that the mask keeps, by the weight's name; where masks were baked, the share that they kept."""
     masks = {name: layer.weight_mask.double().mean() for name, layer in masked_layers(model).items()}
-    baked = {f"{name}.weight": layer.weights_kept / layer.weight.numel() for name, layer in model.named_modules() if hasattr(layer, "weights_kept")}
+    baked = {
+        f"{name}.weight": layer.weights_kept.double() / layer.weight.numel()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "weights_kept")
+    }
     return {name: float(share) for name, share in (masks | baked).items()}
 
 

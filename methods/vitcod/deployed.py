@@ -64,7 +64,11 @@ class FixedMaskAttention(Attention):
 
     def use_kernel(self, kernel: str, device: torch.device) -> None:
         """Goes on with one of `kernels`."""
-        self.kernel, self.skipping, self.fused_attn = kernel, kernel if kernel in WORTH_A_TRY else None, kernel == "fused"
+        self.kernel, self.skipping, self.fused_attn = (
+            kernel,
+            kernel if kernel in WORTH_A_TRY else None,
+            kernel == "fused",
+        )
         dtype, kept = self.qkv.weight.dtype, self.kept.cpu()
         for name in self._buffers.keys() - {"kept"}:
             del self._buffers[name]  # of the kernel before
