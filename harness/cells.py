@@ -96,7 +96,8 @@ def expand(entry: Entry) -> list[tuple[str, methods.Method]]:
 
 
 def _accepts(entry: Entry, key: str) -> bool:
-    """Whether a list is a value of this setting rather than a sweep over values: its type says so, whatever the other settings are."""
+    """Whether a list is a value of this setting rather than a sweep over values: its type says so, whatever the other
+    settings are."""
     try:
         fields = methods.find(entry.method).Settings.model_fields
         field = next(field for name, field in fields.items() if key in (name, field.alias))

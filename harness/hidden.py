@@ -14,8 +14,9 @@ SHOWN = 3  # names in a line about what is left out
 
 
 def hidden_part(path: PurePath | str) -> str | None:
-    """The path up to its first hidden part: a name that begins with a dot (as .ipynb_checkpoints, .DS_Store and ._cat.jpg do), or one of
-    SYSTEM. None where all of it is visible. The path is relative: where a data set lies is nobody's business."""
+    """The path up to its first hidden part: a name that begins with a dot (as .ipynb_checkpoints, .DS_Store and
+    ._cat.jpg do), or one of SYSTEM. None where all of it is visible. The path is relative: where a data set lies is
+    nobody's business."""
     parts = str(path).replace(os.sep, "/").split("/")
     for place, part in enumerate(parts):
         if (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM:

@@ -200,7 +200,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _wrong_accuracy(record: dict[str, Any]) -> str | None:
-    """What does not fit together in a train record's accuracies, beginning with the key at fault; None where all does."""
+    """What does not fit together in a train record's accuracies, beginning with the key at fault; None where all
+    does."""
     images, shares = record["test_images"], {key: record[key] for key in ("top1", "top5")}
     shares |= {key: record[key] for key in ("val_top1", "ema_top1") if record.get(key) is not None}
     if type(images) is not int or images < 1:

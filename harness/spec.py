@@ -56,8 +56,9 @@ class Data(Strict):
 
 
 class Backbone(Strict):
-    """A timm model and any of its constructor's arguments; classes and image size come from the data. What would load weights or settings from a file
-    or from the network is refused, at any depth: ids know the arguments, not what is in a file. Weights come by dense.weights."""
+    """A timm model and any of its constructor's arguments; classes and image size come from the data. What would load
+    weights or settings from a file or from the network is refused, at any depth: ids know the arguments, not what is in
+    a file. Weights come by dense.weights."""
 
     name: str = "deit_small_patch16_224"
     kwargs: dict[str, Any] = {}
@@ -69,7 +70,8 @@ class Backbone(Strict):
                 raise ValueError(f"kwargs: {key} is not set here; {place}")
         if any(sign in self.name for sign in SOURCES):
             raise ValueError(
-                f"name: {self.name} is a place to load from; write the name of one of timm's models, and use dense.weights for weights"
+                f"name: {self.name} is a place to load from; write the name of one of timm's models (weights: "
+                "use dense.weights)"
             )
         foreign = next(_foreign(self.kwargs), None)
         if foreign is not None:

@@ -75,15 +75,19 @@ def test_no_command_reads_the_file(tmp_path, tiny_data, monkeypatch, here, how):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Malicious()))
     backbone = {"name": "vit_tiny_patch16_224", "kwargs": {"checkpoint_path": str(tmp_path / "evil.pth")}}
     content = {
-        "spec": tiny_spec(tiny_data, backbone=backbone), "set": tiny_spec(tiny_data), "survey": {"cases": [{"backbone": backbone}]},
-    }  # fmt: skip
+        "spec": tiny_spec(tiny_data, backbone=backbone),
+        "set": tiny_spec(tiny_data),
+        "survey": {"cases": [{"backbone": backbone}]},
+    }
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(content.get(how, {})))
     file, results = f"checkpoint_path={tmp_path / 'evil.pth'}", ("--results", tmp_path / "results")
     command = {
-        "spec": ("--spec", tmp_path / "x.yaml", *results), "set": ("--spec", tmp_path / "x.yaml", *results, "--set", f"backbone.kwargs.{file}"),
-        "survey": ("latency", "--spec", tmp_path / "x.yaml", *results), "latency": ("latency", "--methods", "dense", "--set", f"backbone.{file}", *results),
+        "spec": ("--spec", tmp_path / "x.yaml", *results),
+        "set": ("--spec", tmp_path / "x.yaml", *results, "--set", f"backbone.kwargs.{file}"),
+        "survey": ("latency", "--spec", tmp_path / "x.yaml", *results),
+        "latency": ("latency", "--methods", "dense", "--set", f"backbone.{file}", *results),
         "cost": ("cost", "--methods", "dense", "--set", f"backbone.{file}"),
-    }[how]  # fmt: skip
+    }[how]
     done = here(*command)
     assert done.returncode == 2, done.stdout + done.stderr
     assert (
@@ -95,8 +99,18 @@ def test_no_command_reads_the_file(tmp_path, tiny_data, monkeypatch, here, how):
 
 
 HARMLESS = {  # of timm's factory: what changes the network and reads nothing
-    "model_name", "scriptable", "exportable", "no_jit", "kwargs", "model_cls", "variant", "model_cfg", "feature_cfg", "kwargs_filter", "in_chans",
-}  # fmt: skip
+    "model_name",
+    "scriptable",
+    "exportable",
+    "no_jit",
+    "kwargs",
+    "model_cls",
+    "variant",
+    "model_cfg",
+    "feature_cfg",
+    "kwargs_filter",
+    "in_chans",
+}
 
 
 def test_all_arguments_of_timms_factory_are_known():

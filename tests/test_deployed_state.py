@@ -43,11 +43,18 @@ def restored(method, state):
 
 
 METHODS = {
-    "dense": ("dense", {}), "magnitude": ("magnitude", {"sparse_init": "global"}), "random": ("random", {}), "dynamicvit": ("dynamicvit", {}),
-    "svite": ("svite", {}), "svite, structured": ("svite", {"pruning_type": "structured"}), "svite+": ("svite", {"token_number": 0.7}),
-    "sttabt": ("sttabt", {}), "sttabt, topk": ("sttabt", {"variant": "topk"}), "vitcod": ("vitcod", {"sparsity": 0.7}),
+    "dense": ("dense", {}),
+    "magnitude": ("magnitude", {"sparse_init": "global"}),
+    "random": ("random", {}),
+    "dynamicvit": ("dynamicvit", {}),
+    "svite": ("svite", {}),
+    "svite, structured": ("svite", {"pruning_type": "structured"}),
+    "svite+": ("svite", {"token_number": 0.7}),
+    "sttabt": ("sttabt", {}),
+    "sttabt, topk": ("sttabt", {"variant": "topk"}),
+    "vitcod": ("vitcod", {"sparsity": 0.7}),
     "vitcod, no code": ("vitcod", {"sparsity": 0.7, "svd_type": "none"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "settings"), METHODS.values(), ids=METHODS)

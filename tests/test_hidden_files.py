@@ -23,9 +23,25 @@ from harness.hidden import hidden_part, left_out
 from harness.spec import Data
 
 LEFT_BEHIND = [
-    ".ipynb_checkpoints", ".DS_Store", "._cat.jpg", "__MACOSX", "Thumbs.db", "@eaDir", "lost+found", "$RECYCLE.BIN", ".Trash-1000", ".git",
-    ".AppleDouble", "#recycle", "System Volume Information", "__pycache__", "desktop.ini", "THUMBS.DB", ".nfs0001", ".cat.jpg.swp",
-]  # fmt: skip
+    ".ipynb_checkpoints",
+    ".DS_Store",
+    "._cat.jpg",
+    "__MACOSX",
+    "Thumbs.db",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    ".Trash-1000",
+    ".git",
+    ".AppleDouble",
+    "#recycle",
+    "System Volume Information",
+    "__pycache__",
+    "desktop.ini",
+    "THUMBS.DB",
+    ".nfs0001",
+    ".cat.jpg.swp",
+]
 VISIBLE = [
     "cat",
     "n01440764",

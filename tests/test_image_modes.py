@@ -66,13 +66,16 @@ def opened_from(content):
 DEEP = {  # 16 bits in all the ways that PIL opens them
     "grey PNG (I;16)": (encoded(Image.fromarray(RAMP.astype(np.uint16)), "PNG"), "0.png"),
     "grey TIFF (I;16)": (encoded(Image.fromarray(RAMP.astype(np.uint16)), "TIFF"), "0.tif"),
-    "grey TIFF, big-endian (I;16B)": (encoded(Image.frombytes("I;16B", (24, 24), RAMP.astype(">u2").tobytes()), "TIFF"), "0.tif"),
+    "grey TIFF, big-endian (I;16B)": (
+        encoded(Image.frombytes("I;16B", (24, 24), RAMP.astype(">u2").tobytes()), "TIFF"),
+        "0.tif",
+    ),
     "grey PGM (I)": (b"P5 24 24 65535\n" + RAMP.astype(">u2").tobytes(), "0.pgm"),
     "grey and alpha PNG": (png(np.stack([RAMP, 65535 - RAMP], axis=-1), 4), "0.png"),
     "RGB PNG": (png(np.stack([RAMP] * 3, axis=-1), 2), "0.png"),
     "RGBA PNG": (png(np.stack([RAMP] * 4, axis=-1), 6), "0.png"),
     "RGB PPM": (b"P6 24 24 65535\n" + np.stack([RAMP] * 3, axis=-1).astype(">u2").tobytes(), "0.ppm"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("content", "name"), DEEP.values(), ids=DEEP)
@@ -107,7 +110,10 @@ PLAIN = np.arange(24 * 24).reshape(24, 24).astype(np.uint8)
 SHALLOW = {
     mode: Image.fromarray(np.stack([PLAIN] * 3, axis=-1)).convert(mode)
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX", "PA")
-} | {"La": Image.fromarray(PLAIN).convert("LA").convert("La"), "RGBa": Image.fromarray(PLAIN).convert("RGBA").convert("RGBa")}  # fmt: skip
+} | {
+    "La": Image.fromarray(PLAIN).convert("LA").convert("La"),
+    "RGBa": Image.fromarray(PLAIN).convert("RGBA").convert("RGBa"),
+}
 
 
 @pytest.mark.parametrize("mode", SHALLOW)

@@ -21,11 +21,25 @@ from harness.errors import UserError
 from harness.spec import Data
 
 WRONG = {
-    "a fraction": 1.7, "nearly whole": 2.0000001, "not a number": float("nan"), "infinite": float("inf"), "negative": -1, "a boolean": True,
-    "a text": "cat", "digits": "3", "nothing": None, "a list": [1], "bytes": b"1", "a fraction of its own type": Fraction(3, 2),
-    "too large": 2**40, "numpy's fraction": np.float32(0.5), "numpy's boolean": np.bool_(True), "a vector": np.array([1]),
-    "a tensor's fraction": torch.tensor(1.5), "numpy's text": np.str_("1"),
-}  # fmt: skip
+    "a fraction": 1.7,
+    "nearly whole": 2.0000001,
+    "not a number": float("nan"),
+    "infinite": float("inf"),
+    "negative": -1,
+    "a boolean": True,
+    "a text": "cat",
+    "digits": "3",
+    "nothing": None,
+    "a list": [1],
+    "bytes": b"1",
+    "a fraction of its own type": Fraction(3, 2),
+    "too large": 2**40,
+    "numpy's fraction": np.float32(0.5),
+    "numpy's boolean": np.bool_(True),
+    "a vector": np.array([1]),
+    "a tensor's fraction": torch.tensor(1.5),
+    "numpy's text": np.str_("1"),
+}
 RIGHT = {0: 0, 3.0: 3, np.uint8(4): 4, np.float64(5): 5}
 
 
@@ -101,10 +115,15 @@ def test_whole_floats_are_labels(tmp_path):
 
 
 SHARDS = {
-    "a fraction": ("cls", b"1.5", "1.5"), "a boolean": ("cls", b"true", "True"), "negative": ("cls", b"-1\n", "-1"), "NaN": ("cls", b"NaN", "nan"),
-    "a fraction in JSON": ("json", json.dumps({"label": 0.5}).encode(), "0.5"), "a text": ("json", b'{"cls": "cat"}', "'cat'"),
-    "digits": ("json", b'{"label": "3"}', "'3'"), "a list": ("json", b'{"label": [1]}', r"\[1\]"),
-}  # fmt: skip
+    "a fraction": ("cls", b"1.5", "1.5"),
+    "a boolean": ("cls", b"true", "True"),
+    "negative": ("cls", b"-1\n", "-1"),
+    "NaN": ("cls", b"NaN", "nan"),
+    "a fraction in JSON": ("json", json.dumps({"label": 0.5}).encode(), "0.5"),
+    "a text": ("json", b'{"cls": "cat"}', "'cat'"),
+    "digits": ("json", b'{"label": "3"}', "'3'"),
+    "a list": ("json", b'{"label": [1]}', r"\[1\]"),
+}
 
 
 def picture():
@@ -169,9 +188,12 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 MAKERS = {
-    "hfds/x": lambda labels: type("Data", (), {"reader": Reader(labels)})(), "torch/told": lambda labels: Torchvision(labels, True),
-    "torch/untold": lambda labels: Torchvision(labels, False), "hfids/x": Stream, "tfds/x": Stream,
-}  # fmt: skip
+    "hfds/x": lambda labels: type("Data", (), {"reader": Reader(labels)})(),
+    "torch/told": lambda labels: Torchvision(labels, True),
+    "torch/untold": lambda labels: Torchvision(labels, False),
+    "hfids/x": Stream,
+    "tfds/x": Stream,
+}
 
 
 @pytest.mark.parametrize("reader", MAKERS)

@@ -15,8 +15,13 @@ from harness.packing import bits, pack
 
 def record(correct, **changes):
     content = {key: 0 for key in records.REQUIRED["train"]} | {
-        "id": "ab12", "kind": "train", "test_images": len(correct), "correct": pack(correct), "top1": float(correct.mean()), "top5": 1.0,
-    }  # fmt: skip
+        "id": "ab12",
+        "kind": "train",
+        "test_images": len(correct),
+        "correct": pack(correct),
+        "top1": float(correct.mean()),
+        "top5": 1.0,
+    }
     return content | changes
 
 

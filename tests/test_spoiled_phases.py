@@ -47,8 +47,10 @@ def train(objective, steps=3, phases=None, **changes):
 
 
 NEVER = {
-    "the loss is NaN": lambda step: math.nan, "the loss is infinite": lambda step: math.inf, "now this, now that": lambda step: (math.nan, -math.inf)[step % 2],
-}  # fmt: skip
+    "the loss is NaN": lambda step: math.nan,
+    "the loss is infinite": lambda step: math.inf,
+    "now this, now that": lambda step: (math.nan, -math.inf)[step % 2],
+}
 
 
 @pytest.mark.parametrize("factor", NEVER.values(), ids=NEVER)

@@ -102,12 +102,19 @@ def test_a_network_trains_on_single_images_with_mixing():
 
 SOFT, SMOOTH, PLAIN = {"mixup": 0.8}, {"label_smoothing": 0.1}, {"label_smoothing": 0.0}
 WRONG = {
-    "a label for shares": (SOFT, torch.tensor([3])), "labels for shares": (SOFT, torch.arange(4)), "one row for four": (SOFT, torch.rand(1, CLASSES)),
-    "a column for rows": (SOFT, torch.rand(4, 1)), "whole shares": (SOFT, torch.ones(4, CLASSES, dtype=torch.int64)), "one share each": (SOFT, torch.rand(4)),
-    "shares for labels": (SMOOTH, torch.rand(4, CLASSES)), "shares for plain labels": (PLAIN, torch.rand(4, CLASSES)),
-    "float labels": (SMOOTH, torch.arange(4.0)), "one label for four": (SMOOTH, torch.tensor([1])), "a column of labels": (PLAIN, torch.arange(4)[:, None]),
+    "a label for shares": (SOFT, torch.tensor([3])),
+    "labels for shares": (SOFT, torch.arange(4)),
+    "one row for four": (SOFT, torch.rand(1, CLASSES)),
+    "a column for rows": (SOFT, torch.rand(4, 1)),
+    "whole shares": (SOFT, torch.ones(4, CLASSES, dtype=torch.int64)),
+    "one share each": (SOFT, torch.rand(4)),
+    "shares for labels": (SMOOTH, torch.rand(4, CLASSES)),
+    "shares for plain labels": (PLAIN, torch.rand(4, CLASSES)),
+    "float labels": (SMOOTH, torch.arange(4.0)),
+    "one label for four": (SMOOTH, torch.tensor([1])),
+    "a column of labels": (PLAIN, torch.arange(4)[:, None]),
     "booleans": (SMOOTH, torch.ones(4, dtype=torch.bool)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("recipe", "targets"), WRONG.values(), ids=WRONG)

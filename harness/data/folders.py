@@ -27,8 +27,9 @@ def visible_classes(folder: Path) -> list[str]:
 
 
 class VisibleFolder(ImageFolder):
-    """Modifies torchvision's ImageFolder (a class per folder on the first level, and an error for one without images): hidden folders are no
-    classes and hidden files no images (see `harness.hidden`); pictures keep their mode. left_out: those that would have been one."""
+    """Modifies torchvision's ImageFolder (a class per folder on the first level, and an error for one without images):
+    hidden folders are no classes and hidden files no images (see `harness.hidden`); pictures keep their mode. left_out:
+    those that would have been one."""
 
     def __init__(self, root: str, **options: Any) -> None:
         self.left_out: set[str] = set()

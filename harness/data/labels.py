@@ -15,8 +15,9 @@ LARGEST = 2**31 - 1
 
 
 def whole(value: Any, where: str) -> int:
-    """A label as an int: whole numbers of any type, 3.0 as well. UserError, naming the label by `where`, for everything else: fractions, NaN,
-    negative numbers (which many data sets have where a label is not known), booleans, texts, lists, nothing."""
+    """A label as an int: whole numbers of any type, 3.0 as well. UserError, naming the label by `where`, for everything
+    else: fractions, NaN, negative numbers (which many data sets have where a label is not known), booleans, texts,
+    lists, nothing."""
     plain = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) and _is_one(value) else value
     if isinstance(plain, int | float) and not isinstance(plain, bool) and 0 <= plain <= LARGEST and plain == int(plain):
         return int(plain)
@@ -29,7 +30,8 @@ def _is_one(value: Any) -> bool:
 
 
 def whole_numbers(values: Iterable[Any] | np.ndarray | Tensor, where: str) -> Tensor:
-    """Labels [N] as int64 [N]. UserError for the first that is no whole number; it is called "`where`, image NUMBER"."""
+    """Labels [N] as int64 [N]. UserError for the first that is no whole number; it is called "`where`, image
+    NUMBER"."""
     array = _array(values)
     if array is not None and not len(array):
         return torch.zeros(0, dtype=torch.int64)
@@ -45,7 +47,8 @@ def whole_numbers(values: Iterable[Any] | np.ndarray | Tensor, where: str) -> Te
 
 
 def _array(values: Any) -> np.ndarray | None:
-    """Numbers in an array [N], which can be looked at all at once; None for other things, which are looked at one by one."""
+    """Numbers in an array [N], which can be looked at all at once; None for other things, which are looked at one by
+    one."""
     array = values.numpy() if isinstance(values, Tensor) else values
     if not (isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in "iuf"):
         return None

@@ -38,8 +38,9 @@ class Readable:
 
     def read(self, index: int) -> tuple[Image.Image, int, str | None]:
         """(RGB picture, label, what is wrong with image `index` if the picture is another one's). The next readable image of `ids`
-        takes its place, so what a damaged image becomes depends on nothing else. DataLost; UserError where none is left, and at once for a label
-        that is no whole number and a mode of unknown range: all other images may be like that."""
+        takes its place, so what a damaged image becomes depends on nothing else. DataLost; UserError where none is
+        left, and at once for a label that is no whole number and a mode of unknown range: all other images may be like
+        that."""
         wrong, tried = None, index
         for _ in range(1 if self.ids is None else len(self.ids) + 1):
             try:

@@ -16,18 +16,20 @@ class UnknownRange(ValueError):
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB. 16-bit grey is scaled by its range, so that 65535 becomes 255. All else is what torchvision and timm do: PIL's
-    conversion, by which palettes are looked up, CMYK is converted and transparency is left out. Of an animation or a file of many pages, the first.
+    """The picture as 8-bit RGB. 16-bit grey is scaled by its range, so that 65535 becomes 255. All else is what
+    torchvision and timm do: PIL's conversion, by which palettes are looked up, CMYK is converted and transparency is
+    left out. Of an animation or a file of many pages, the first.
 
-    UnknownRange for floats and for 32-bit integers, whose white could be any number. ValueError where a picture that had more than one value has
-    one colour afterwards: what it shows was lost on the way.
+    UnknownRange for floats and for 32-bit integers, whose white could be any number. ValueError where a picture that
+    had more than one value has one colour afterwards: what it shows was lost on the way.
     """
     if picture.mode in ("RGB", "L"):
         return picture.convert("RGB")
     found = _deep_to_rgb(picture) if _is_deep(picture) else _shallow_to_rgb(picture)
     if _is_one_colour(found) and not _is_one_colour(picture):
         raise ValueError(
-            f"all of it would become one colour in 8-bit RGB, but it has more than one value in mode {picture.mode}; {_advice(picture)}"
+            f"all of it would become one colour in 8-bit RGB, but it has more than one value in mode {picture.mode}; "
+            f"{_advice(picture)}"
         )
     return found
 
@@ -39,7 +41,8 @@ def _is_deep(picture: Image.Image) -> bool:
     if picture.mode in ("I", "F"):
         kind = "floats" if picture.mode == "F" else "32-bit integers"
         raise UnknownRange(
-            f"mode {picture.mode}: {kind}, of which nothing says how large white is; convert the images to 8 or 16 bits per channel"
+            f"mode {picture.mode}: {kind}, of which nothing says how large white is; convert the images to 8 or 16 bits "
+            "per channel"
         )
     return False
 

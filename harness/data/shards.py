@@ -27,8 +27,8 @@ LABELS = ("cls", "label", "json")  # a number, or a JSON object with one under "
 
 @dataclass
 class Shards(Dataset):
-    """(PIL image, label) by number, in the order of the shards. targets: labels; places: (shard, offset, bytes) of each image; names.
-    left_out: hidden shards and images (see `harness.hidden`)."""
+    """(PIL image, label) by number, in the order of the shards. targets: labels; places: (shard, offset, bytes) of each
+    image; names. left_out: hidden shards and images (see `harness.hidden`)."""
 
     files: list[Path]
     targets: list[int] = field(default_factory=list)

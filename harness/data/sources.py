@@ -149,8 +149,8 @@ def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
     shape_fits = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
     if images.dtype != np.uint8 or not shape_fits or labels.shape != images.shape[:1] or not len(labels):
         raise UserError(
-            f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels, not {images.dtype} "
-            f"{list(images.shape)} with {list(labels.shape)} labels; scale other numbers to 0 to 255 first"
+            f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels, not "
+            f"{images.dtype} {list(images.shape)} with {list(labels.shape)} labels; scale other numbers to 0 to 255 first"
         )
     if images.max() == 1:
         raise UserError(f"{root}: {split}_images has no value above 1; white is 255, so scale the images to 0 to 255")
@@ -216,7 +216,8 @@ def _split_folder(card: Card, root: Path, which: str) -> Path:
 
 
 class Opened(Dataset):
-    """The pictures of one of timm's readers as they are. timm's own data set takes the next image, and its label, where one cannot be opened."""
+    """The pictures of one of timm's readers as they are. timm's own data set takes the next image, and its label, where
+    one cannot be opened."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -296,8 +297,8 @@ def _readable(card: Card, batches: Iterable, which: str) -> Iterable:
 
 
 def _labels_of(dataset: Any, where: str) -> Tensor | None:
-    """All labels of a map-style dataset without decoding an image; None where its reader does not tell. UserError, which begins with `where`, for
-    the first that is no whole number."""
+    """All labels of a map-style dataset without decoding an image; None where its reader does not tell. UserError,
+    which begins with `where`, for the first that is no whole number."""
     reader = getattr(dataset, "reader", dataset)
     if getattr(reader, "samples", None) is not None:
         return whole_numbers(np.array([label for _, label in reader.samples]), where)

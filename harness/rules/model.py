@@ -81,8 +81,8 @@ def deployed_equals_sparse(subject: Subject) -> None:
 
 
 def deployed_can_be_saved(subject: Subject) -> None:
-    """What ships is in the state dict: saved as torch.save does it, it is loaded, strictly, into the deployed form of an untrained model of other
-    weights, which then predicts and reports the same."""
+    """What ships is in the state dict: saved as torch.save does it, it is loaded, strictly, into the deployed form of
+    an untrained model of other weights, which then predicts and reports the same."""
     torch.manual_seed(2)  # six steps move little: what decides (thresholds, say) must differ so much that it is seen
     deployed = subject.method.deploy(_with_other_weights(subject.trained))
     other = subject.method.deploy(subject.method.sparsify(_with_other_weights(subject.vit)))
@@ -96,7 +96,7 @@ def deployed_can_be_saved(subject: Subject) -> None:
     difference = _distance(_logits(other, subject.images), _logits(deployed, subject.images))
     require(
         difference == 0,
-        f"a deployed model restored from its state dict differs by {difference:.2g} in its logits: what it needs is kept elsewhere",
+        f"a deployed model restored from its state dict differs by {difference:.2g} in its logits: it keeps state apart",
     )
     kept, restored = (_kept(subject, model) for model in (deployed, other))
     wrong = next((name for name in kept.keys() | restored.keys() if kept.get(name) != restored.get(name)), None)

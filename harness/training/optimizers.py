@@ -23,8 +23,8 @@ APEX = "https://github.com/NVIDIA/apex"
 
 
 class Criterion(nn.Module):
-    """A classification loss that takes targets of one form: soft, shares of the classes as floats [B, classes], or labels, int64 [B]. ValueError for
-    others, which torch may broadcast into a loss without meaning."""
+    """A classification loss that takes targets of one form: soft, shares of the classes as floats [B, classes], or
+    labels, int64 [B]. ValueError for others, which torch may broadcast into a loss without meaning."""
 
     def __init__(self, loss: nn.Module, soft: bool) -> None:
         super().__init__()
@@ -35,8 +35,10 @@ class Criterion(nn.Module):
         has_type = targets.is_floating_point() if self.soft else targets.dtype == torch.int64
         if targets.shape != wanted or not has_type:
             form = "shares of the classes, floats" if self.soft else "labels, int64"
-            raise ValueError(f"the recipe's loss takes {form} {list(wanted)}, for logits {list(logits.shape)}; it was given targets {targets.dtype} "
-                             f"{list(targets.shape)}")  # fmt: skip
+            raise ValueError(
+                f"the recipe's loss takes {form} {list(wanted)}, for logits {list(logits.shape)}; it was given targets "
+                f"{targets.dtype} {list(targets.shape)}"
+            )
         return self.loss(logits, targets)
 
 

@@ -185,21 +185,16 @@ class TrainRun:
         self.objective.eval()
 
     def _require_trained(self) -> None:
-        """Diverged where no step changed the weights, in all runs of this phase together, or the last ones spoiled them."""
-        log = self.log
+        """Diverged where no step changed the weights, in all runs of this phase together, or the last ones spoiled
+        them."""
+        log, wrong = self.log, ""
+        spoiled = sum(not bool(p.detach().isfinite().all()) for p in self.stepper.parameters)
         if log.skipped + log.overflowed >= log.steps:
-            raise agreed(
-                Diverged(
-                    f"phase {self.phase.name}: none of its {log.steps} steps had a finite loss and gradient, so it trained nothing"
-                )
-            )
-        spoiled = [not bool(p.detach().isfinite().all()) for p in self.stepper.parameters]
-        if any(spoiled):
-            raise agreed(
-                Diverged(
-                    f"phase {self.phase.name}: {sum(spoiled)} of {len(spoiled)} trained parameters are not finite at its end"
-                )
-            )
+            wrong = f"none of its {log.steps} steps had a finite loss and gradient, so it trained nothing"
+        elif spoiled:
+            wrong = f"{spoiled} of {len(self.stepper.parameters)} trained parameters are not finite at its end"
+        if wrong:
+            raise agreed(Diverged(f"phase {self.phase.name}: {wrong}"))
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         """The next batch. UserError where data has gone, or too much is damaged, in any process."""

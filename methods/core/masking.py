@@ -61,7 +61,8 @@ def apply_masks(model: nn.Module) -> None:
 
 
 def mask_densities(model: nn.Module) -> dict[str, float]:
-    """The share of weights that the mask keeps, by the weight's name; where masks were baked, the share that they kept."""
+    """The share of weights that the mask keeps, by the weight's name; where masks were baked, the share that they
+    kept."""
     masks = {name: layer.weight_mask.double().mean() for name, layer in masked_layers(model).items()}
     baked = {
         f"{name}.weight": layer.weights_kept.double() / layer.weight.numel()
@@ -72,8 +73,9 @@ def mask_densities(model: nn.Module) -> dict[str, float]:
 
 
 def bake(model: nn.Module) -> None:
-    """Masks the weights for good: plain layers again, with zeros in their weights and no mask. How many each kept is in a buffer, `weights_kept`: a
-    weight that is on may be zero, too, so the weights do not say it, and a state dict should."""
+    """Masks the weights for good: plain layers again, with zeros in their weights and no mask. How many each kept is in
+    a buffer, `weights_kept`: a weight that is on may be zero, too, so the weights do not say it, and a state dict
+    should."""
     for layer in masked_layers(model).values():
         _apply(layer)
         kept = layer.weight_mask.sum() * (layer.weight.numel() // layer.weight_mask.numel())

@@ -52,8 +52,8 @@ class PackedAttention(MaskedAttention):
 
 
 class PackedViT(BackTrackedViT):
-    """Modifies BackTrackedViT: tokens that a block does not need are not there. The thresholds are a buffer that stays where it is, float32 on the CPU,
-    whatever the network becomes."""
+    """Modifies BackTrackedViT: tokens that a block does not need are not there. The thresholds are a buffer that stays
+    where it is, float32 on the CPU, whatever the network becomes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedViT:
         thresholds = self._buffers.pop("p_logit", None)

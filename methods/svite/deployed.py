@@ -1,7 +1,7 @@
 """S2ViTE's deployed network: heads and neurons that died are gone, and layers are smaller.
 
-Which ones died, a state dict says as well (`heads_kept`, `neurons_kept`). How many it were may differ between networks of the same settings (in imported
-checkpoints, which are taken as they are), so layers take the sizes of what they load.
+Which ones died, a state dict says as well (`heads_kept`, `neurons_kept`). How many it were may differ between networks
+of the same settings (in imported checkpoints, which are taken as they are), so layers take the sizes of what they load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 
 class CutLinear(nn.Linear):
-    """Modifies nn.Linear: takes as many outputs (or inputs) as the weights have that it loads, on the side that was cut."""
+    """Modifies nn.Linear: takes as many outputs (or inputs) as the weights have that it loads, on the side that was
+    cut."""
 
     cut: int  # the weight's dimension: 0 outputs, 1 inputs
 
@@ -36,8 +37,8 @@ class CutLinear(nn.Linear):
 
 
 class NarrowAttention(Attention):
-    """Modifies timm's Attention: the heads together may be narrower than the tokens, which not every release of timm allows for.
-    heads_kept: bool [H], of the heads that there were."""
+    """Modifies timm's Attention: the heads together may be narrower than the tokens, which not every release of timm
+    allows for. heads_kept: bool [H], of the heads that there were."""
 
     heads_kept: Tensor
 
@@ -58,8 +59,9 @@ class NarrowAttention(Attention):
 
 @torch.no_grad()
 def remove_heads(attention: Attention, heads: Tensor) -> None:
-    """Takes the rows of all but the active `heads` [H] out of qkv, and their columns out of proj. What the dead still put out, the bias of their
-    values, is constant, since attention sums to one: it goes through the projection into its bias."""
+    """Takes the rows of all but the active `heads` [H] out of qkv, and their columns out of proj. What the dead still
+    put out, the bias of their values, is constant, since attention sums to one: it goes through the projection into its
+    bias."""
     columns = heads.repeat_interleave(attention.head_dim)
     qkv, proj = attention.qkv, attention.proj
     if qkv.bias is not None and not bool(columns.all()):

@@ -137,7 +137,8 @@ class Structured:
 
 
 def heads_of(attention: Attention) -> Tensor:
-    """The active heads, bool [H]: those with any row, of queries, keys or values; of all there were, where the others are gone."""
+    """The active heads, bool [H]: those with any row, of queries, keys or values; of all there were, where the others
+    are gone."""
     if isinstance(attention, NarrowAttention):
         return attention.heads_kept
     return attention.qkv.weight_mask.view(3, attention.num_heads, -1).any(dim=2).any(dim=0)

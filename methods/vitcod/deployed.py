@@ -22,7 +22,8 @@ WORTH_A_TRY = {"listed": 0.7, "tiles": 0.8}  # kernels that compute more than th
 
 
 class FixedMaskAttention(Attention):
-    """Modifies timm's Attention: entries outside of the mask `kept` [H, N, N] do not count; where it keeps all, there is none.
+    """Modifies timm's Attention: entries outside of the mask `kept` [H, N, N] do not count; where it keeps all, there
+    is none.
 
     "fused" and "plain" attention compute all entries and add minus infinity to those that are not kept. "listed" (CPU, float32) computes kept entries
     alone; "tiles" (GPU) computes tiles in which something is kept, with the tokens in orders of their own for each head. Which is fastest is found
