@@ -6,10 +6,9 @@ import pickle
 import pytest
 import timm
 import yaml
-from conftest import tiny_spec
+from conftest import ROOT, tiny_spec
 from timm.models import build_model_with_cfg
 
-from harness import models
 from harness.errors import UserError
 from harness.spec import MANAGED, Backbone, _foreign
 from harness.yamlfile import validate
@@ -95,7 +94,7 @@ def test_no_command_reads_the_file(tmp_path, tiny_data, monkeypatch, here, how):
         in done.stderr + done.stdout
     )
     assert not list(tmp_path.rglob("ran"))
-    assert not (models.Path("ran")).exists()
+    assert not (ROOT / "ran").exists()
 
 
 HARMLESS = {  # of timm's factory: what changes the network and reads nothing
