@@ -85,6 +85,7 @@ ARRAYS = {
     "texts": (np.array(["cat", "dog", "dog", "cat"]), "image 0: the label 'cat'"),
     "beyond int64": (np.array([0, 2**64 - 1, 1, 0], dtype=np.uint64), "image 1: the label 18446744073709551615"),
     "half floats": (np.array([0, 1, 0.5, 0], dtype=np.float16), "image 2: the label 0.5"),
+    "half floats' infinity": (np.array([0, np.inf, 1, 0], dtype=np.float16), "image 1: the label inf"),
     "dates": (np.array(["2020-01-01"] * 4, dtype="datetime64[D]"), "image 0: the label datetime"),
 }
 
