@@ -24,7 +24,7 @@ REFUSED = {
     "arguments of a source": {"pretrained_model_args": {"depth": 2}},
     "a pruned model's file": {"pruned": True},
     "a repository": {"hf_hub_id": "timm/x"},
-    "hyphens": {"checkpoint-path": "x.pth"},
+    "hyphens": {"cache-dir": "x"},
     "capitals": {"Checkpoint_Path": "x.pth"},
     "inside another": {"model_args": {"inner": {"checkpoint_path": "x.pth"}}},
     "inside a list": {"stages": [{"pretrained_cfg": {"file": "x.pth"}}]},

@@ -86,6 +86,7 @@ def test_the_type_decides(settings, count):
         ({"layers": [1, 2]}, "layers are for kind: layered"),
         ({"kind": []}, "kind: an empty list of values"),
         ({"rates": [0.5]}, "rates"),
+        ({"rates": []}, "rates: an empty list of values"),
         ({"lairs": [1, 2]}, "unknown setting 'lairs'"),
     ],
 )
