@@ -22,7 +22,7 @@ class CutLinear(nn.Linear):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         weight = state.get(f"{prefix}weight")
-        if weight is not None and weight.ndim == 2 and weight.shape[1 - self.cut] == self.weight.shape[1 - self.cut]:
+        if weight is not None and weight.ndim == 2:
             self._resize(weight.shape[self.cut])
         super()._load_from_state_dict(state, prefix, *args)
 
