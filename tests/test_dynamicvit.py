@@ -210,7 +210,7 @@ def test_predictor_parameters_are_the_papers():
 
 
 @given(rate=st.floats(0.5, 1.0), seed=st.integers(0, 2**31), step=st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_random_training_keeps_the_planned_numbers(rate, seed, step):
     sparse = RANDOM_VITS.setdefault(
         round(rate, 1), methods.create("random", keep_rate=round(rate, 1)).sparsify(small_vit())

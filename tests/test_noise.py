@@ -10,7 +10,7 @@ numbers = st.integers(0, 2**40)
 
 
 @given(seed=numbers, step=numbers, samples=st.lists(numbers, min_size=2, max_size=8, unique=True))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_sample_gets_its_numbers_in_any_batch(seed, step, samples):
     keys = torch.tensor(samples)
     together = Noise(seed, step, keys).uniform("x", 3, 2)

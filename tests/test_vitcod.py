@@ -258,7 +258,7 @@ def test_the_accelerator_takes_any_mask():
 # Masks ---------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     tokens=st.integers(3, 30),
     heads=st.integers(1, 3),
@@ -279,7 +279,7 @@ def test_info_masks_keep_the_mass_that_was_asked_for(tokens, heads, prefix, seed
     assert ((smaller >= larger) | (counts == tokens)).all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), sparsity=st.floats(0.05, 0.9))
 def test_the_cut_that_gives_a_sparsity(seed, sparsity):
     average = (3 * torch.randn(2, 2, 40, 40, generator=torch.Generator().manual_seed(seed))).softmax(-1)
@@ -302,7 +302,7 @@ def test_what_cannot_be_is_told():
         methods.create("vitcod", sparsity=0.9).sparsify(vit())
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(tokens=st.integers(5, 60), sparsity=st.floats(0, 0.85), prefix=st.integers(0, 2), heads=st.integers(1, 3))
 def test_the_made_up_pattern_is_as_sparse_as_asked_for(tokens, sparsity, prefix, heads):
     kept = masks.patterned_mask(tokens, heads, sparsity, prefix)
@@ -325,7 +325,7 @@ def test_random_masks_prune_what_they_say():
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     tokens=st.integers(2, 70), heads=st.integers(1, 4), width=st.sampled_from([1, 8, 16, 20, 32, 64, 80, 128]),
     density=st.floats(0.01, 1), batch=st.integers(1, 3), seed=st.integers(0, 1000),
@@ -354,7 +354,7 @@ def test_attention_by_tiles_is_attention_under_the_mask():
     torch.testing.assert_close(out.gather(2, back), expected, atol=1e-5, rtol=1e-4)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     tokens=st.integers(1, 60), size=st.sampled_from([4, 16, 32]), density=st.floats(0, 0.5), seed=st.integers(0, 1000)
 )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.noise import Noise
+from methods.core.precision import wide
 
 
 class Frozen(nn.Module):
@@ -23,7 +24,7 @@ class Frozen(nn.Module):
 def logits_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) between class distributions, temperature 1: logits [B, classes] to the mean over B."""
     return F.kl_div(
-        student.float().log_softmax(-1), teacher.float().log_softmax(-1), reduction="batchmean", log_target=True
+        wide(student).log_softmax(-1), wide(teacher).log_softmax(-1), reduction="batchmean", log_target=True
     )
 
 
@@ -41,7 +42,7 @@ class Classification(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Tensor]:
         logits = self.logits(images, noise)
-        terms = {"classification": self.criterion(logits.float(), targets)}
+        terms = {"classification": self.criterion(wide(logits), targets)}
         if self.teacher is not None:
             with torch.no_grad():
                 expected = self.teacher.model(images)

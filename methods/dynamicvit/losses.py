@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from methods.core.noise import Noise
 from methods.core.objective import Frozen, logits_divergence
 from methods.core.pooled import Pooled, Term
+from methods.core.precision import wide
 from methods.dynamicvit.model import DynamicViT
 
 
@@ -21,8 +22,8 @@ def token_loss(student: Tensor, teacher: Tensor, mask: Tensor, weight: float = 1
     """`weight` times the mean squared distance of the kept tokens' features, over the kept tokens of all images and over
     channels (the paper's eq. 15 does not divide by the channels, the code does). Features [B, N, C], mask [B, N]; 0 where
     nothing is kept."""
-    kept = (mask.detach() > 0.5).float()
-    per_token = (student - teacher).float().pow(2).mean(dim=-1)
+    per_token = wide(student - teacher).pow(2).mean(dim=-1)
+    kept = (mask.detach() > 0.5).to(per_token.dtype)
     sums = torch.stack([(per_token * kept).sum(), kept.sum()])
     return Pooled(sums, lambda sums: weight * (sums[0] / sums[1].clamp(min=1.0)))
 
@@ -51,7 +52,7 @@ class PruningObjective(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Term]:
         out = self.model.forward_train(images, noise)
-        terms = {"classification": self.criterion(out.logits.float(), targets)}
+        terms = {"classification": self.criterion(wide(out.logits), targets)}
         if self.ratio_weight:
             terms["ratio"] = self.ratio_weight * ratio_loss(out.decisions, self.keep_rate)
         if self.teacher is not None:

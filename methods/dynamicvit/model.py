@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from methods.core.noise import Noise
+from methods.core.precision import wide
 from methods.core.pruning import StagedPruning
 from methods.core.vit import embed, replace_attention, specialise
 
@@ -60,10 +61,10 @@ def masked_softmax(logits: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
     logits [B, H, n, n], scaled; policy [B, n, 1] in {0, 1}, differentiable. In float32, cast back at the end. As in the
     official code, the row maximum is taken over all keys and eps/n is added to every weight; the paper has neither.
     """
-    scores = logits.float()
+    scores = wide(logits)
     tokens = scores.shape[-1]
-    seen = policy.float().transpose(1, 2).unsqueeze(1)  # [B, 1, 1, n]: the same keys for every head and query
-    seen = seen + (1.0 - seen) * torch.eye(tokens, device=logits.device)
+    seen = policy.to(scores.dtype).transpose(1, 2).unsqueeze(1)  # [B, 1, 1, n]: the same keys for every head and query
+    seen = seen + (1.0 - seen) * torch.eye(tokens, device=logits.device, dtype=scores.dtype)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * seen
     return ((weights + eps / tokens) / (weights.sum(dim=-1, keepdim=True) + eps)).to(logits.dtype)
 
@@ -106,7 +107,7 @@ class DynamicViT(StagedPruning):
 
     def decide(self, stage: int, patches: Tensor, keep: Tensor, noise: Noise) -> Tensor:
         """The stage's own keep decision [B, N, 1] by Gumbel-softmax (tau 1), straight-through."""
-        log_probabilities = self.score_predictor[stage](patches, keep).float()
+        log_probabilities = wide(self.score_predictor[stage](patches, keep))
         soft = (log_probabilities + noise.gumbel(f"stage{stage}", *patches.shape[1:2], 2)).softmax(dim=-1)
         hard = F.one_hot(soft.argmax(dim=-1), 2).to(soft.dtype)
         return (hard - soft.detach() + soft)[..., 0:1]
@@ -115,7 +116,7 @@ class DynamicViT(StagedPruning):
         """The training forward (section 3.2-3.3): masks instead of removal, so that gradients reach the predictors."""
         prefix = self.num_prefix_tokens
         x = embed(self, images)
-        keep = x.new_ones(len(x), x.shape[1] - prefix, 1, dtype=torch.float32)
+        keep = wide(x.new_ones(len(x), x.shape[1] - prefix, 1))
         always = keep.new_ones(len(x), prefix, 1)
         decisions: list[Tensor] = []
         for index, block in enumerate(self.blocks):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from methods.core.contract import Unsupported
 from methods.core.operators import scored_attention
+from methods.core.precision import wide
 from methods.core.vit import embed, replace_attention, specialise
 from methods.sttabt.observed import ObservedAttention
 
@@ -28,7 +29,7 @@ def standardised(scores: Tensor) -> Tensor:
 def rated(scores: Tensor, kind: str) -> Tensor:
     """How much each query wants each key, [B, Q, N] float32, from scores [B, H, Q, N] before the softmax: the mean over heads of the standardised
     scores ("uniform", for concrete masks) or of the attention ("probabilities", for top-k)."""
-    scores = scores.float()
+    scores = wide(scores)
     return (standardised(scores) if kind == "uniform" else scores.softmax(dim=-1)).mean(dim=1)
 
 

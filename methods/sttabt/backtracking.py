@@ -16,6 +16,7 @@ from torch import Tensor
 
 from methods.core import native
 from methods.core.operators import counted
+from methods.core.precision import wide
 
 EPS = 1e-7
 TEMPERATURE = 0.1  # of the concrete masks
@@ -38,8 +39,8 @@ class Masks:
 
 
 def _start(rating: Tensor, outputs: int) -> Tensor:
-    """Ones for the tokens of the output, [B, N] float32."""
-    return (torch.arange(rating.shape[-1], device=rating.device) < outputs).float().expand(len(rating), -1)
+    """Ones for the tokens of the output, [B, N], of the rating's type."""
+    return (torch.arange(rating.shape[-1], device=rating.device) < outputs).to(rating.dtype).expand(len(rating), -1)
 
 
 def logit(p: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def concrete_masks(ratings: Sequence[Tensor], p_logit: Tensor, outputs: int) -> 
     with torch.autocast(ratings[0].device.type, enabled=False):
         mask = score = _start(ratings[-1], outputs)
         soft, scores = [mask], []
-        logits = logit(p_logit.float().sigmoid()).unbind()  # at once: small operations take the time here
+        logits = logit(wide(p_logit).sigmoid()).unbind()  # at once: small operations take the time here
         for rating, logit_p in zip(reversed(ratings), reversed(logits), strict=True):
             score = received(rating, mask, score)
             mask = torch.maximum(concrete_mask(score, logit_p), mask)  # what a deeper block needs stays
@@ -136,7 +137,7 @@ def topk_sets(ratings: Sequence[Tensor], keep: Sequence[float], outputs: int) ->
         sets, impacts = [kept], []
         for rating, share in zip(reversed(ratings), reversed(keep), strict=True):
             rows = rating.shape[1]
-            weight = kept[:, :rows].float()
+            weight = kept[:, :rows].to(rating.dtype)
             wanted = weight * (1 - PROPAGATED + PROPAGATED * impact[:, :rows])
             mean = (wanted.unsqueeze(1) @ rating).squeeze(1) / weight.sum(dim=1, keepdim=True)
             best = mean.topk(token_count(share, int(mean.shape[1])), dim=1).indices

@@ -11,6 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from methods.core.precision import wide
 from methods.core.vit import embed
 
 
@@ -34,7 +35,7 @@ class ObservedAttention(Attention):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Before the softmax, [B, H, Q, N] float32 under any autocast: standardising them in less would be noise."""
         with torch.autocast(q.device.type, enabled=False):
-            return (q.float() * self.scale) @ k.float().transpose(-2, -1)
+            return (wide(q) * self.scale) @ wide(k).transpose(-2, -1)
 
     def attend(self, scores: Tensor, v: Tensor) -> Tensor:
         """The output [B, Q, C] from scores and values."""

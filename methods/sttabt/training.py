@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from methods.core.noise import Noise
 from methods.core.objective import Frozen, logits_divergence
 from methods.core.pooled import Pooled, Term
+from methods.core.precision import wide
 from methods.sttabt.approxnet import EPS
 from methods.sttabt.model import BackTrackedViT
 from methods.sttabt.observed import finished, steps
@@ -52,14 +53,14 @@ class Distillation(nn.Module):
         }
         if self.prediction:
             with torch.no_grad():
-                expected = finished(model, original).float().softmax(dim=-1)
-            found = finished(model.approx, step).float().softmax(dim=-1)
+                expected = wide(finished(model, original)).softmax(dim=-1)
+            found = wide(finished(model.approx, step)).softmax(dim=-1)
             terms["prediction"] = self.prediction * F.mse_loss(found, expected)
         return terms
 
 
-def _distance(narrow: Tensor, wide: Tensor) -> Tensor:
-    return F.mse_loss(narrow.float(), wide.float())
+def _distance(narrow: Tensor, original: Tensor) -> Tensor:
+    return F.mse_loss(wide(narrow), wide(original))
 
 
 class ConcreteObjective(nn.Module):
@@ -83,12 +84,12 @@ class ConcreteObjective(nn.Module):
     def forward(self, images: Tensor, targets: Tensor, noise: Noise) -> dict[str, Term]:
         model = self.model
         masks = model.masks(images)
-        used = masks.kept.float() if self.hard else masks.soft
+        used = masks.kept.to(masks.soft.dtype) if self.hard else masks.soft
         logits = model.forward_head(model.masked_features(images, used))
         written = masks.soft[1:].mean(dim=(0, 2))
         sums = torch.stack([written.sum(), written.new_tensor(float(len(images)))])
         terms: dict[str, Term] = {
-            "classification": self.criterion(logits.float(), targets),
+            "classification": self.criterion(wide(logits), targets),
             "ratio": Pooled(sums, lambda sums: self.ratio_weight * (self.target - sums[0] / sums[1]) ** 2),
             "thresholds": self.p_weight * (model.p_logit - self.p_init).square().sum(),
         }

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from methods.core.contract import Unsupported
 from methods.core.noise import Noise, image_keys
+from methods.core.precision import wide
 from methods.core.pruning import after_prefix, take_tokens
 from methods.core.report import BlockReport
 from methods.core.vit import embed, specialise
@@ -51,9 +52,7 @@ class SelectingViT(VisionTransformer):
         prefix = self.num_prefix_tokens
         with torch.autocast(tokens.device.type, enabled=False):  # few bits would make many scores equal
             scores = (
-                F.linear(tokens.float(), self.gumbel.weight.float(), self.gumbel.bias.float())
-                .squeeze(-1)
-                .log_softmax(dim=-1)
+                F.linear(wide(tokens), wide(self.gumbel.weight), wide(self.gumbel.bias)).squeeze(-1).log_softmax(dim=-1)
             )
         if noise is not None:
             scores = scores + noise.gumbel("tokens", tokens.shape[1])

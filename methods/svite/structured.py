@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from methods.core.contract import Unsupported
 from methods.core.masking import bake, mask_layer
+from methods.core.precision import wide
 from methods.svite.criteria import Growth, grow, survivors
 from methods.svite.deployed import NarrowAttention, remove_heads, remove_neurons
 from methods.svite.pattern import Moved, Units
@@ -35,7 +36,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.float().unflatten(-1, (heads, -1))
+    return wide(x).unflatten(-1, (heads, -1))
 
 
 def score_heads(outputs: Tensor, gradients: Tensor) -> Tensor:

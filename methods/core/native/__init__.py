@@ -1,4 +1,8 @@
-"""Kernels in C++ that torch does not have, compiled when they are first wanted. Without a compiler whoever wants one is told so."""
+"""Kernels in C++ that torch does not have, compiled when they are first wanted. Without a compiler whoever wants one is told so.
+
+They are compiled for this machine's processor. The environment variable SPARSE_VIT_BENCH_MARCH names another level, in the words of the compiler's
+-march ("x86-64-v2" has vectors of 128 bits, "x86-64-v3" of 256): for seeing what other processors compute. It is read when a process first wants a
+kernel, and libraries of different levels lie side by side in the cache."""
 
 from __future__ import annotations
 
@@ -15,16 +19,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-std=c++17", "-fPIC", "-c")  # what is no number must show
-OPTIONAL = (
-    ("-fopenmp", "-march=native", "-mprefer-vector-width=512"),
-    ("-fopenmp", "-march=native"),
-    ("-march=native",),
-    (),
-)  # not every compiler and processor knows them
+MARCH = "SPARSE_VIT_BENCH_MARCH"
 
 
 class NoKernel(RuntimeError):
     """A kernel cannot be had here; the message is the reason, for people."""
+
+
+def optional_flags() -> tuple[tuple[str, ...], ...]:
+    """Flags that not every compiler and processor knows, the best first. A level that was asked for is had or refused: nothing else stands in."""
+    if level := os.environ.get(MARCH):
+        return ("-fopenmp", f"-march={level}"), (f"-march={level}",)
+    return (
+        ("-fopenmp", "-march=native", "-mprefer-vector-width=512"),
+        ("-fopenmp", "-march=native"),
+        ("-march=native",),
+        (),
+    )
 
 
 # Arguments: so many pointers, so many whole numbers of 64 bits, and others.
@@ -89,7 +100,7 @@ def _library(name: str) -> ctypes.CDLL:
     told = (
         source.read_bytes(),
         (FOLDER / "rows.h").read_bytes(),
-        repr((FLAGS, OPTIONAL, compiler)).encode(),
+        repr((FLAGS, optional_flags(), compiler)).encode(),
         version,
         _processor(),
     )
@@ -113,7 +124,7 @@ def _library(name: str) -> ctypes.CDLL:
 def _compile(compiler: str, source: Path, made: Path) -> ctypes.CDLL:
     """Compiles and links apart: linked with -ffast-math, a library makes the whole process round tiny numbers to zero."""
     part, reason = made.with_suffix(".o"), "no message"
-    for more in OPTIONAL:
+    for more in optional_flags():
         for command in (
             [*FLAGS, *more, str(source), "-o", str(part)],
             ["-shared", *(flag for flag in more if flag == "-fopenmp"), str(part), "-o", str(made)],
