@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: bench test test-long perf lint leaderboard clean
+.PHONY: bench test test-long test-rounding test-versions perf lint leaderboard clean
 
 bench: $(READY)
 	$(BIN)/python bench.py $(ARGS)
@@ -16,6 +16,14 @@ test: $(READY)
 # What takes minutes each: trainings killed twenty times, by events and by the clock.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+# What depends on rounding, as other processors compute it; ARGS='-m "not long"' runs the whole suite so. Lasts minutes per setting.
+test-rounding: $(READY)
+	$(BIN)/python tests/rounding.py $(ARGS)
+
+# The suite with every minor release of torch that is supported, each in an environment of its own (.venvs, some GB each); VERSIONS="2.10 2.13" names some.
+test-versions: $(READY)
+	VERSIONS="$(VERSIONS)" $(BIN)/python tests/versions.py $(ARGS)
 
 # Times the pieces, saves the run in .benchmarks, and shows it beside the last saved one, if there is one.
 perf: $(READY)
@@ -39,4 +47,4 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) results/checkpoints results/logs results/quick
+	rm -rf $(VENV) .venvs results/checkpoints results/logs results/quick

@@ -10,6 +10,8 @@ from harness.conformance import check_method
 from harness.rules import BACKBONES, RULES
 from methods.core import registry
 
+pytestmark = pytest.mark.rounding
+
 
 def plug_in(tmp_path, body, name="broken"):
     """A plug-in whose method is the dense network with `body` in its class."""

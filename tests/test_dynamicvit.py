@@ -18,6 +18,8 @@ from methods.core.pruning import stage_counts
 from methods.dynamicvit.losses import PruningObjective, ratio_loss, token_loss
 from methods.dynamicvit.model import ScorePredictor, masked_softmax
 
+pytestmark = pytest.mark.rounding
+
 GOLDEN = sorted((Path(__file__).parent / "golden" / "dynamicvit").glob("*.npz"))
 
 

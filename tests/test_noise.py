@@ -1,10 +1,13 @@
 """Random numbers as a function of (seed, step, sample, name)."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.core.noise import Noise, image_keys
+
+pytestmark = pytest.mark.rounding
 
 numbers = st.integers(0, 2**40)
 

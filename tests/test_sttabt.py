@@ -37,6 +37,8 @@ from methods.sttabt.model import masked_block
 from methods.sttabt.observed import steps
 from methods.sttabt.training import ConcreteObjective, Distillation
 
+pytestmark = pytest.mark.rounding
+
 GOLDEN = Path(__file__).parent / "golden" / "sttabt"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SIZES = {"img_size": 24, "patch_size": 4, "num_classes": 7, "embed_dim": 48, "depth": 4, "num_heads": 3}

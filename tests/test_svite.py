@@ -34,6 +34,8 @@ from methods.svite.schedule import Updates, death_rate
 from methods.svite.selector import temperature
 from methods.svite.structured import heads_of, neurons_of, score_heads
 
+pytestmark = pytest.mark.rounding
+
 GOLDEN = Path(__file__).parent / "golden" / "svite"
 SIZES = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 4}
 

@@ -37,6 +37,8 @@ from methods.vitcod.reorder import reorder
 from methods.vitcod.simulator import simulate
 from methods.vitcod.statistics import AverageAttention, HeadStatistics
 
+pytestmark = pytest.mark.rounding
+
 GOLDEN = Path(__file__).parent / "golden" / "vitcod"
 SIZES = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 4, "num_heads": 4}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -29,6 +29,11 @@ def replace_attention(vit: VisionTransformer, attention: type[Attention], blocks
         vit.blocks[index].attn.__class__ = attention
 
 
+def heads_width(attention: Attention) -> int:
+    """Of all heads side by side. It may differ from the tokens' width; newer releases of timm call it `attn_dim`, 1.0.22 has no such thing."""
+    return attention.num_heads * attention.head_dim
+
+
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] to the tokens that enter the first block [B, prefix + N, C]."""
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))

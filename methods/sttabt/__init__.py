@@ -16,7 +16,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import methods
-from methods.core.vit import replace_attention, require_plain_vit, specialise
+from methods.core.vit import heads_width, replace_attention, require_plain_vit, specialise
 from methods.core.watching import remembered
 from methods.sttabt.approxnet import narrowed, transfer_maps
 from methods.sttabt.backtracking import concrete_masks, concrete_sets, occupancy
@@ -277,8 +277,8 @@ def dense_pass_macs(vit: VisionTransformer) -> float:
     for index, block in enumerate(vit.blocks):
         weights = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
         is_last = index == len(vit.blocks) - 1
-        maps = tokens**2 * block.attn.attn_dim
-        total += tokens * 3 * block.attn.attn_dim * vit.embed_dim + maps if is_last else tokens * weights + 2 * maps
+        maps = tokens**2 * heads_width(block.attn)
+        total += tokens * 3 * heads_width(block.attn) * vit.embed_dim + maps if is_last else tokens * weights + 2 * maps
     return patches * vit.patch_embed.proj.weight.numel() + total
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from methods.core.contract import Unsupported
 from methods.core.operators import scored_attention
 from methods.core.precision import wide
-from methods.core.vit import embed, replace_attention, specialise
+from methods.core.vit import embed, heads_width, replace_attention, specialise
 from methods.sttabt.observed import ObservedAttention
 
 EPS = 1e-7
@@ -63,7 +63,7 @@ class ScoringAttention(ObservedAttention):
 
     def first_rows(self, x: Tensor, count: int) -> Tensor:
         """The rating of the first `count` queries alone, [B, count, N], and nothing else: what the last layer is asked for."""
-        width = self.attn_dim
+        width = heads_width(self)
         bias = (None, None) if self.qkv.bias is None else (self.qkv.bias[:width], self.qkv.bias[width : 2 * width])
         q = F.linear(x[:, :count], self.qkv.weight[:width], bias[0])
         k = F.linear(x, self.qkv.weight[width : 2 * width], bias[1])
@@ -91,9 +91,9 @@ class ApproxNet(VisionTransformer):
         tokens, total = patches + self.num_prefix_tokens, 0.0
         for block in self.blocks[:-1]:
             weights = sum(layer.weight.numel() for layer in block.modules() if isinstance(layer, nn.Linear))
-            total += tokens * weights + 2 * tokens**2 * block.attn.attn_dim
+            total += tokens * weights + 2 * tokens**2 * heads_width(block.attn)
         last = self.blocks[-1].attn
-        return patches * stem + total + last.attn_dim * ((outputs + tokens) * self.embed_dim + outputs * tokens)
+        return patches * stem + total + heads_width(last) * ((outputs + tokens) * self.embed_dim + outputs * tokens)
 
     def drop_what_chooses_nothing(self) -> None:
         """Takes out, for deployment, what no rating depends on."""
@@ -142,8 +142,10 @@ def _narrow(module: nn.Module, factor: int, is_classifier: bool) -> None:
     elif hasattr(module, "normalized_shape"):  # LayerNorm and its relatives
         module.normalized_shape = tuple(size // factor for size in module.normalized_shape)
     elif isinstance(module, Attention):
-        module.head_dim, module.attn_dim = module.head_dim // factor, module.attn_dim // factor
+        module.head_dim = module.head_dim // factor
         module.scale = module.head_dim**-0.5
+        if hasattr(module, "attn_dim"):  # timm 1.0.22 goes by the tokens' width
+            module.attn_dim = heads_width(module)
 
 
 def _narrow_shape(module: nn.Module, shape: list[int], factor: int, is_classifier: bool) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.operators import packed_attention
-from methods.core.vit import embed
+from methods.core.vit import embed, heads_width
 from methods.sttabt.model import BackTrackedViT, MaskedAttention
 
 
@@ -23,7 +23,7 @@ class PackedAttention(MaskedAttention):
 
     def split(self) -> None:
         """Makes the two layers."""
-        width, has_bias = self.attn_dim, self.qkv.bias is not None
+        width, has_bias = heads_width(self), self.qkv.bias is not None
         for name, rows in (("q", slice(width)), ("kv", slice(width, None))):
             layer = nn.Linear(1, 1, bias=has_bias)
             layer.weight = nn.Parameter(self.qkv.weight[rows].detach().clone(), requires_grad=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from methods.core.precision import wide
-from methods.core.vit import embed
+from methods.core.vit import embed, heads_width
 
 
 class ObservedAttention(Attention):
@@ -25,7 +25,7 @@ class ObservedAttention(Attention):
 
     def projected(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., m, H, d] of some tokens [..., m, C], and keys and values [..., n, H, d] of all x [..., n, C]."""
-        width, shape = self.attn_dim, (self.num_heads, self.head_dim)
+        width, shape = heads_width(self), (self.num_heads, self.head_dim)
         weight, bias = self.qkv.weight, self.qkv.bias
         of_queries, of_others = (None, None) if bias is None else (bias[:width], bias[width:])
         q = F.linear(queries, weight[:width], of_queries).unflatten(-1, shape)
