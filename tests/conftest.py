@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
@@ -19,6 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # No test may fail since a machine is slow or busy: neither by its own time nor by the time that making up inputs takes.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# torch.compile writes calls of at::vec::transpose_block and pack_vnni2 into attention and matrix products, which only torch's builds for AVX2 and up have.
+vectors = pytest.mark.skipif(
+    platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="torch.compile's attention on an x86-64 CPU needs AVX2",
+)
 
 TOY = '''
 """A toy."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import bench, tiny_spec
+from conftest import bench, tiny_spec, vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -340,6 +340,7 @@ def test_attention_over_lists_is_attention_under_the_mask(tokens, heads, width, 
     torch.testing.assert_close(listed_attention(qkv, *listed(kept), heads), expected, atol=1e-4, rtol=1e-3)
 
 
+@vectors
 def test_attention_by_tiles_is_attention_under_the_mask():
     """On the CPU here, where it compiles to C++; a GPU is where it is used."""
     kept = random_kept(3, 70, 0.05)
@@ -502,6 +503,7 @@ def test_without_a_compiler_it_is_told(monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "sparse-vit-bench").iterdir()] == []
 
 
+@vectors
 def test_compiled_models_have_the_kernel_too():
     _, _, sparse, deployed = untrained({"depth": 2})
     prepared = modes.prepare(with_kernel(deployed, "listed"), images(2), "float32", "compile")
