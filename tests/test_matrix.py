@@ -60,9 +60,6 @@ def test_the_newest_patch_of_each_minor_release_is_taken():
         "2.10": "2.10.0", "2.12": "2.12.10", "2.13": "2.13.0", "2.14": "2.14.1", "2.15": "2.15.0",
     }  # fmt: skip
     assert versions.newest_of_each(["3.0.1", "2.9.0"], "2.10") == {"3.0": "3.0.1"}
-    assert (versions.torchvision_for("2.10"), versions.torchvision_for("2.15")) == ("0.25", "0.30")
-    with pytest.raises(ValueError, match=r"torch 3\.0"):
-        versions.torchvision_for("3.0")
 
 
 def test_what_is_declared_is_read_from_the_project():

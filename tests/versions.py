@@ -17,8 +17,6 @@ from pathlib import Path
 
 from matrix import ROOT, Case, run_all
 
-VISION_BEHIND = 15  # torch 2.10 goes with torchvision 0.25, and so on, one for one
-
 
 def main(arguments: list[str]) -> int:
     named = os.environ.get("VERSIONS", "").split()
@@ -45,27 +43,21 @@ def case(minor: str, torch: str, arguments: list[str], oldest: bool) -> Case:
 
 
 def environment(minor: str, torch: str, timm: str) -> Path:
-    """The interpreter of .venvs/torch-MINOR, made or brought up to date. Raises CalledProcessError where it cannot be installed."""
+    """The interpreter of .venvs/torch-MINOR, made or brought up to date. Every torchvision pins its torch, so the installer finds the one that goes with
+    it. Where there is none, or another thing cannot be installed, it says so, and the tests cannot run there."""
     folder = ROOT / ".venvs" / f"torch-{minor}"
     python = folder / "bin" / "python"
-    wanted = [f"torch=={torch}", f"torchvision=={torchvision_for(minor)}.*", timm, "-e", f"{ROOT}[test]"]
+    wanted = [f"torch=={torch}", "torchvision", timm, "-e", f"{ROOT}[test]"]
     print(f"torch {minor}: installing {' '.join(wanted[:3])}", file=sys.stderr, flush=True)
     if shutil.which("uv"):
         subprocess.run(["uv", "venv", "--quiet", "--allow-existing", "--python", sys.executable, folder], check=True)
-        subprocess.run(["uv", "pip", "install", "--quiet", "--upgrade", "--python", python, *wanted], check=True)
+        command = ["uv", "pip", "install", "--quiet", "--upgrade", "--python", python, *wanted]
     else:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        quiet = ["--quiet", "--disable-pip-version-check", "--upgrade"]
-        subprocess.run([python, "-m", "pip", "install", *quiet, *wanted], check=True)
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", *wanted]
+    if subprocess.run(command).returncode:  # an earlier run's packages must not pass for what was asked for
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
     return python
-
-
-def torchvision_for(minor: str) -> str:
-    """torch's 2.x goes with torchvision's 0.(x + 15)."""
-    major, number = minor.split(".")
-    if major != "2":
-        raise ValueError(f"which torchvision goes with torch {minor} is not known: see tests/versions.py")
-    return f"0.{int(number) + VISION_BEHIND}"
 
 
 def declared(package: str) -> str:
