@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import methods
-from harness import models
+from harness import freshness, models
 from harness.cells import Cell, Run
 from harness.data.dataset import ImageData
 from harness.device import Plan
@@ -69,13 +69,15 @@ class Identity:
         return self._setting | {
             "recipe": recipe.model_dump(), "epochs": epochs, "max_steps": self.spec.budget.max_steps, "seed": cell.seed,
             "dense": dense, "teacher": self.has_teacher(cell), "method": cell.method.name, "revision": cell.method.revision,
-            "given": _digests(cell),
+            "given": _digests(cell), **freshness.plugin_part(cell.method.name),
         }  # fmt: skip
 
     def method_of(self, cell: Cell) -> dict[str, Any]:
-        """The part of an id, and of a record, that says which method it is."""
+        """The part of an id, and of a record, that says which method it is; of a plug-in, in which version of its code."""
         given = {"given": _digests(cell)} if cell.phases else {}
-        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision, **given}
+        return {"method": cell.method.name, "settings": cell.settings, "revision": cell.method.revision, **given} | (
+            freshness.plugin_part(cell.method.name)
+        )
 
     def dense_cell(self, cell: Cell) -> Cell:
         """The dense network of the cell's seed."""

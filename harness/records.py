@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -54,14 +53,6 @@ def provenance() -> dict[str, Any]:
     # New files count (a method that is not committed yet); what a run itself writes does not.
     status = git("status", "--porcelain", "--", ".", ":!leaderboard.md", ":!results")
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
-
-
-def source_digest(cls: type) -> str | None:
-    """SHA-256 of the file that defines a class: tells one plug-in from another. None where it has no file."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()
-    except (TypeError, OSError):
-        return None
 
 
 def write_atomically(path: Path, *data: bytes | memoryview) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 import methods
 from harness.cells import baseline_entries, expand, plug_in
 from harness.errors import UserError
+from harness.freshness import plugin_part
 from harness.spec import Backbone, Conditions, Entry, Positive, Share, is_survey
 from harness.yamlfile import Strict, read, validate
 from methods.core.registry import unknown
@@ -138,4 +139,5 @@ def subject_id(case: Case, method: methods.Method, keep_rate: float) -> dict[str
     return {
         "untrained": SEED, "backbone": case.backbone.model_dump(), "image_size": case.image_size, "method": method.name,
         "settings": method.settings.model_dump(mode="json"), "revision": method.revision, "keep_rate": keep_rate if adapts else None,
+        **plugin_part(method.name),
     }  # fmt: skip

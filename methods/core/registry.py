@@ -119,6 +119,23 @@ def loaded_plugins() -> tuple[str, ...]:
     return tuple(map(str, _plug_ins))
 
 
+def is_builtin(name: str) -> bool:
+    """Whether the method belongs to this package."""
+    return name in _builtin_files()
+
+
+def source_files(name: str) -> tuple[Path, ...]:
+    """The files that define a method: of a built-in one without importing it, of another once it is loaded; none otherwise."""
+    if is_builtin(name):
+        return (_builtin_files()[name],)
+    files = [path for path, names in _plug_ins.items() if name in names]
+    try:
+        files.append(Path(inspect.getfile(_registered[name])).resolve())
+    except (KeyError, TypeError, OSError):  # not loaded, or not made from a file
+        pass
+    return tuple(dict.fromkeys(files))
+
+
 def unknown(what: str, name: str, allowed: Iterable[str]) -> str:
     """One line for a name that does not exist: what is allowed (unless that is a very long list), and the nearest match."""
     allowed = list(allowed)
