@@ -36,6 +36,12 @@ Sets = Annotated[
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="FILE", help="A Python file with further methods. Repeatable.")
 ]
+Stale = Annotated[
+    str,
+    typer.Option(
+        metavar="keep|redo", help="What other code has made: keep it and mark it, or make it again. Of old records nobody knows."
+    ),
+]  # fmt: skip
 Results = Annotated[
     Path, typer.Option("--results", metavar="DIR", help="Where the records are.", show_default="results/")
 ]
@@ -64,6 +70,7 @@ def run(
         bool, typer.Option("--retry", help="Try cells again that failed with an error or diverged.")
     ] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the latency of all cells again.")] = False,
+    stale: Stale = "keep",
 ) -> None:
     """Runs a benchmark and writes the leaderboard."""
     if context.invoked_subcommand is not None:
@@ -76,6 +83,7 @@ def run(
     from harness.data.cards import check_sum, find_root, load_card
     from harness.spec import find_spec
 
+    redo = _redo(stale)
     overrides = [*(set_ or []), *([f"dtype={dtype}", f"measure.dtypes=[{dtype}]"] if dtype else [])]
     changes = {"device": device} if device else {}
     if seeds is not None:
@@ -86,7 +94,7 @@ def run(
     root = find_root(card, card_file, data_root)
     if card.reader == "npz":
         check_sum(card, root)
-    raise typer.Exit(_execute(chosen, results, data_root, fresh=fresh, retry=retry, remeasure=remeasure))
+    raise typer.Exit(_execute(chosen, results, data_root, fresh=fresh, retry=retry, remeasure=remeasure, redo=redo))
 
 
 def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -> int:
@@ -110,7 +118,7 @@ def _execute(chosen: Run, results: Path, data_root: str | None, **again: bool) -
             store = Store(results, chosen.name)
             failed = Runner(chosen, data, store, reporter, **again, cluster=processes, device=device).execute()
     except KeyboardInterrupt:
-        again_note = " (without --fresh and --remeasure)" if any(again.values()) else ""
+        again_note = " (without --fresh and --remeasure)" if again["fresh"] or again["remeasure"] else ""
         typer.echo(f"stopped; what was done is kept, and the same command{again_note} goes on with the rest")
         return 130
     if processes.is_first:
@@ -213,6 +221,7 @@ def latency(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure again what has a record.")] = False,
+    stale: Stale = "keep",
     results: Results = ROOT / "results",
     plugin: Plugins = None,
 ) -> None:
@@ -220,6 +229,7 @@ def latency(
     from harness.spec import find_spec
     from harness.survey import Survey, TimeBudget, change, load_survey, only_backbone, plan, seconds_of
 
+    redo = _redo(stale)
     budget = TimeBudget(seconds_of(time_budget) if time_budget else None)
     path = find_spec(spec) if spec else None
     survey = load_survey(path) if path else Survey(cases=[{"batch_sizes": [1, 8]}], seconds=2.0)
@@ -234,10 +244,12 @@ def latency(
         conditions["backbone"] = {"name": backbone or "deit_small_patch16_224", "kwargs": kwargs}
     others = {"seconds": seconds, "keep_rate": keep_rate, "device": device, "energy": energy or None}
     planned = plan(path.stem if path else "latency", change(survey, "the command line", conditions, others), entries)
-    raise typer.Exit(_survey(planned, results, budget, roofline, remeasure))
+    raise typer.Exit(_survey(planned, results, budget, roofline, remeasure, redo))
 
 
-def _survey(planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bool, remeasure: bool) -> int:
+def _survey(
+    planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bool, remeasure: bool, redo: bool
+) -> int:
     """Measures and shows: 0, or 1 if a row failed, or 130 after Ctrl-C."""
     from harness.progress import Reporter
     from harness.records import Store
@@ -246,7 +258,7 @@ def _survey(planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bo
         try:
             from harness.surveyor import Surveyor
 
-            surveyor = Surveyor(planned, Store(results, planned.name), reporter, budget, remeasure)
+            surveyor = Surveyor(planned, Store(results, planned.name), reporter, budget, remeasure, redo)
             failed = surveyor.execute(roofline)
         except KeyboardInterrupt:
             reporter.done("stopped; what was measured is kept, and the same command goes on with the rest")
@@ -392,6 +404,12 @@ def _entries(
         else:
             entries = set_setting(entries, head, rest, value, ["backbone"] if backbone_keys else [])
     return entries, kwargs
+
+
+def _redo(stale: str) -> bool:
+    if stale not in ("keep", "redo"):
+        raise typer.BadParameter(f"{stale!r} must be keep or redo", param_hint="--stale")
+    return stale == "redo"
 
 
 def _names(text: str | None) -> list[str] | None:

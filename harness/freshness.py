@@ -66,6 +66,11 @@ def measure_state(record: Mapping[str, Any], method: str, revision: int, trained
     return state(method, revision, code.get("digest"))
 
 
+def failure_state(record: Mapping[str, Any]) -> str:
+    """Of a failed attempt."""
+    return state(record["method"], record["revision"], record.get("code", {}).get("digest"))
+
+
 @dataclass(frozen=True)
 class Maker:
     """The code that makes a trial's weights. code: its digest, and under "dense" that of the code which trained the dense network
@@ -82,6 +87,16 @@ class Maker:
         return all(
             same_results.are_same(*names[part], (saved or {}).get(part), digest) for part, digest in self.code.items()
         )
+
+
+def closing(kept: list[str]) -> str:
+    """The line of a run that kept what other code has made."""
+    return f"{len(kept)} {'row was' if len(kept) == 1 else 'rows were'} made by other code ({'; '.join(kept)}): {REDO}"
+
+
+def mark(found: str) -> str:
+    """What stands behind a row's label, or a time."""
+    return f" {MARK}" if found == OTHER else ""
 
 
 def public(found: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import compare, counts, records, stats
+from harness import compare, counts, freshness, records, stats
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, tables_of
 
@@ -50,6 +50,8 @@ class Row(compare.Compared):
     macs_images: dict[str, int] = field(default_factory=dict)  # of the same, that they are means over
     old_images: int | None = None  # how few theory is a mean over, where it was counted by an earlier rule
     macs_authors: float | None = None  # as the authors' own counter has them, where they differ
+    code: str = freshness.UNRECORDED  # whether the code that made it is the one that is here: see harness.freshness
+    timing_code: dict[Timing, str] = field(default_factory=dict)  # the same of its times
 
 
 @dataclass
@@ -95,9 +97,10 @@ def _table(name: str, context_id: str, group: list[Record], timed: TimedOn | Non
     by_row: dict[str, list[Record]] = defaultdict(list)
     for record in group:
         if record["revision"] == newest[_who(record)]:
-            by_row[_who(record)].append(record)
+            by_row[_who(record) + record.get("plugin_code", "")].append(record)
     others = _first(by_row, compare.is_reference), _first(by_row, compare.is_baseline)
     rows = [_row(found, others, measures) for found in by_row.values()]
+    _tell_versions_apart(rows, [found[0].get("plugin_code") for found in by_row.values()])
     held_against = {
         row.label: [counts.comparable(record["cost"]) for record in found]
         for row, found in zip(rows, by_row.values(), strict=True)
@@ -155,7 +158,9 @@ def _row(found: list[Record], others: tuple[list[Record] | None, list[Record] | 
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])
     row.remarks += compare.compare(row, found, *others)
+    row.code = freshness.worst(freshness.train_state(record) for record in found)
     row.speeds = _speeds(row, found, measures)
+    row.timing_code = _timing_code(found, measures)
     row.macs_executed = executed(row.macs_executed, row.speeds.values())
     _estimate(row, [record.get("report", {}).get("estimates", []) for record in found])
     return row
@@ -199,3 +204,21 @@ def _speeds(row: Row, found: list[Record], measures: list[Record]) -> dict[Timin
             same[Timing(record["dtype"], record["batch"], record["mode"])].append(record["latency"])
     theoretical = row.macs_dense / row.macs_theoretical
     return {timing: speed_of(latencies, theoretical) for timing, latencies in sorted(same.items())}
+
+
+def _timing_code(found: list[Record], measures: list[Record]) -> dict[Timing, str]:
+    """Whether the times of a row are of the code that is here, and of the weights that its records are about."""
+    trained, states = {record["weights_id"]: record for record in found}, defaultdict(list)
+    for record in measures:
+        if (train := trained.get(record["weights_id"])) is not None:
+            state = freshness.measure_state(record, train["method"], train["revision"], train.get("code", {}))
+            states[Timing(record["dtype"], record["batch"], record["mode"])].append(state)
+    return {timing: freshness.worst(found) for timing, found in states.items()}
+
+
+def _tell_versions_apart(rows: list[Row], codes: list[str | None]) -> None:
+    """Rows of one label that are of several versions of a plug-in say which."""
+    labels = [row.label for row in rows]
+    for row, code in zip(rows, codes, strict=True):
+        if code is not None and labels.count(row.label) > 1:
+            row.label += f" (code {code[:6]})"

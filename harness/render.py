@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from harness import surveyshown
+from harness import freshness, surveyshown
 from harness.leaderboard import Row, Table
 from harness.records import write_atomically
 from harness.speeds import NOISY, Timing, absences, column_names, marks
@@ -52,6 +52,7 @@ processes kept the machine busy; (b32): measured at batch 32, since memory ran o
 table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
 *estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
+§: made by other code than what is here, of the same revision (the row's accuracy and counts, or this time): a line below names the rows.
 ◆: no other row is both at least as accurate and as cheap (GMACs run; by the means, whatever their ±).
 """
 
@@ -89,7 +90,8 @@ def _notes(table: Table) -> list[str]:
     ]  # fmt: skip
     cells = [(row.label, timing, speed) for row in table.rows for timing, speed in row.speeds.items()]
     notes += absences(cells, column_names(table.timings))
-    return notes
+    made = [(row.label, row.method, state) for row in table.rows for state in (row.code, *row.timing_code.values())]
+    return notes + freshness.notes(made)
 
 
 def _few(row: Row) -> str:
@@ -149,7 +151,7 @@ def _facts(row: Row) -> list[str]:
     if row.params_nonzero != row.params:
         params += f" ({row.params_nonzero / 1e6:.3f} non-zero)"
     return [
-        row.label + (" ◆" if row.pareto else ""), str(len(row.seeds)), f"{row.top1 * 100:.2f}{interval}", _difference(row),
+        row.label + (" ◆" if row.pareto else "") + freshness.mark(row.code), str(len(row.seeds)), f"{row.top1 * 100:.2f}{interval}", _difference(row),
         macs_told(row.macs_dense), *_of_images(row), params,
     ]  # fmt: skip
 
@@ -186,7 +188,9 @@ def _speed(row: Row, timing: Timing) -> str:
         return ""
     if speed.unavailable:
         return "n/a"
-    return f"{speed.milliseconds:.2f} ms, {speed.speed_up:.2f}x ({speed.realised:.2f}){marks(speed, timing)}"
+    return f"{speed.milliseconds:.2f} ms, {speed.speed_up:.2f}x ({speed.realised:.2f}){marks(speed, timing)}" + (
+        freshness.mark(row.timing_code.get(timing, freshness.THIS))
+    )
 
 
 def show(tables: list[Table], console: Console, surveys: Sequence[SurveyTable] = ()) -> None:
@@ -233,8 +237,10 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 "macs_authors": row.macs_authors, **{f"report: {name}": value for name, value in row.numbers.items()},
                 **{f"report: {name}, error": error for name, error in row.numbers_error.items()},
                 **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
+                "code": freshness.public(row.code),
             }  # fmt: skip
-            lines += [base | speed.numbers(timing) for timing, speed in row.speeds.items()] or [base]
+            timed = {timing: {"timing_code": freshness.public(state)} for timing, state in row.timing_code.items()}
+            lines += [base | speed.numbers(timing) | timed.get(timing, {}) for timing, speed in row.speeds.items()] or [base]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))
 
 

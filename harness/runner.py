@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import methods
-from harness import cost, measuring, models, workers
+from harness import cost, freshness, measuring, models, workers
 from harness import device as devices
 from harness.cells import Cell, Run
 from harness.cluster import ALONE, Cluster, is_agreed
@@ -24,7 +24,7 @@ from harness.identity import Identity
 from harness.latency import Conditions
 from harness.packing import pack
 from harness.progress import Reporter
-from harness.records import RETRIED, Store, identify, provenance, source_digest
+from harness.records import RETRIED, Store, identify, provenance
 from harness.summary import summary
 from harness.tally import Tally, Totals
 from harness.trainer import DenseFailed, Trained, Trainer, to_cpu
@@ -47,15 +47,17 @@ class Runner:
         fresh: bool = False,
         retry: bool = False,
         remeasure: bool = False,
+        redo: bool = False,
         cluster: Cluster = ALONE,
         device: str | None = None,
     ) -> None:
-        """device: of this process, where it is not the spec's."""
+        """device: of this process, where it is not the spec's. redo: what other code has made is made again."""
         self.run, self.spec, self.data, self.store, self.reporter = run, run.spec, data, store, reporter
         self.fresh, self.retry, self.remeasure, self.cluster = fresh, retry, remeasure, cluster
+        self.redo, self.stale = redo, list[str]()  # the latter: rows that other code has made, and that were kept
         self.plan = devices.plan(device or self.spec.device, self.spec.dtype, self.spec.compile)
         self.identity = Identity(run, data, self.plan)
-        self.trainer = Trainer(self.identity, data, self.plan, store, reporter, cluster, fresh)
+        self.trainer = Trainer(self.identity, data, self.plan, store, reporter, cluster, fresh, redo)
         self.scratch = tempfile.TemporaryDirectory(prefix="sparse-vit-bench-")
         self.spin_limit = SpinLimit()  # around training and evaluation; what is timed runs as it would be deployed
 
@@ -64,6 +66,8 @@ class Runner:
         self.cluster.share(self.store.prepare)
         self._check_what_all_need()
         cells, failed = self.run.cells(), 0
+        for cell in cells:  # a run is of the code that it began with
+            freshness.code_digest(cell.method.name)
         with self.scratch:
             for number, cell in enumerate(cells, 1):
                 name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
@@ -71,6 +75,8 @@ class Runner:
                     failed += not self._do(cell, name)
                 finally:
                     self.trainer.forget_others(cell)
+        if self.stale:
+            self.reporter.say(freshness.closing(self.stale))
         return failed
 
     def _check_what_all_need(self) -> None:
@@ -95,6 +101,7 @@ class Runner:
             record = self.cluster.share(lambda: self._present(cell, record_id))
             present = record is not None
             record = record or self._train_record(cell, record_id, name)
+            self._note(cell, freshness.train_state(record))
             measured = self._measure(cell, record, name)
         except (UserError, DenseFailed) as error:  # nothing that trying again later would change by itself: no attempt
             self._only_if_agreed(error)
@@ -110,7 +117,8 @@ class Runner:
         if self.cluster.is_first:
             self.store.forget_failures(record_id)
         verb = "present" if present and not measured else "measured" if present else "done"
-        self.reporter.done(f"{name}: {verb}, top-1 {record['top1']:.2%}")
+        other = ", made by other code" if _row(cell) in self.stale else ""
+        self.reporter.done(f"{name}: {verb}{other}, top-1 {record['top1']:.2%}")
         return True
 
     def _only_if_agreed(self, error: Exception) -> None:
@@ -124,6 +132,8 @@ class Runner:
         if self.fresh or self.retry:
             self.store.forget_failures(record_id)
         failures = [failure for failure in self.store.failures(record_id) if failure["reason"] not in RETRIED]
+        if self.redo:
+            failures = [failure for failure in failures if freshness.failure_state(failure) != freshness.OTHER]
         return f"{failures[-1]['reason']}: {failures[-1]['message']}" if failures else None
 
     def _present(self, cell: Cell, record_id: str) -> dict[str, Any] | None:
@@ -134,7 +144,13 @@ class Runner:
         if record is not None and any(record.get(key, False) != value for key, value in told.items()):
             record |= told
             self.store.write(record)
-        return record
+        is_stale = record is not None and freshness.train_state(record) == freshness.OTHER
+        return None if is_stale and self.redo else record  # it is written over when the new one is done
+
+    def _note(self, cell: Cell, state: str) -> None:
+        """Remembers that something stays which other code has made."""
+        if state == freshness.OTHER and _row(cell) not in self.stale:
+            self.stale.append(_row(cell))
 
     def _keep_failure(self, cell: Cell, record_id: str, reason: str, message: str) -> Path:
         trace = traceback.format_exc().splitlines()[-12:]
@@ -145,6 +161,7 @@ class Runner:
             label=cell.label,
             seed=cell.seed,
             traceback=trace,
+            code=provenance() | {"digest": freshness.code_digest(cell.method.name)},
             **self.identity.method_of(cell),
         )
 
@@ -204,7 +221,7 @@ class Runner:
             "unreadable": list(trained.unreadable),
             "weights_sha256": models.state_digest(trained.sparse.state_dict()),
             "where": devices.where(self.plan.device) | {"processes": self.cluster.size, "waiting": self.spin_limit.facts()},
-            "code": provenance() | {"method": source_digest(type(cell.method))},
+            "code": provenance() | trained.code,
         }  # fmt: skip
         self.store.write(record)
         return record
@@ -217,7 +234,7 @@ class Runner:
         again = self.fresh or self.remeasure
         missing = self.cluster.share(lambda: [
             i for i, key in enumerate(keys)
-            if again or not measuring.answers(self.store.read(identify(key)), wanted[i])
+            if again or not self._answers(cell, record, self.store.read(identify(key)), wanted[i])
         ])  # fmt: skip
         if not missing:
             return False
@@ -242,8 +259,23 @@ class Runner:
             key = keys[missing[number]]
             self.store.write({
                 "id": identify(key), "kind": "measure", **key, "images": "real", "label": cell.label, "latency": row,
-                "where": devices.where(device), "code": provenance(),
+                "where": devices.where(device), "code": provenance() | self._timed_code(cell, record),
             })  # fmt: skip
+
+    def _answers(self, cell: Cell, record: dict[str, Any], found: dict[str, Any] | None, asked: Conditions) -> bool:
+        """Whether a measure record says what is asked. One that other code has made does not where such are made again."""
+        if not measuring.answers(found, asked):
+            return False
+        state = freshness.measure_state(found, cell.method.name, cell.method.revision, record.get("code", {}))
+        if state == freshness.OTHER and self.redo:
+            return False
+        self._note(cell, state)
+        return True
+
+    def _timed_code(self, cell: Cell, record: dict[str, Any]) -> dict[str, str | None]:
+        """The code that deploys and times, and the one that trained the weights."""
+        trained = record.get("code", {}).get("digest")
+        return {"digest": freshness.code_digest(cell.method.name), "trained": trained}
 
     def _subject(self, cell: Cell, weights_id: str) -> measuring.Subject:
         return measuring.Subject(
@@ -267,6 +299,10 @@ class Runner:
     def _held_out(self) -> str:
         """The split that costs are counted and timed on."""
         return "val" if len(self.data.val_ids) else "test"
+
+
+def _row(cell: Cell) -> str:
+    return f"{cell.label}, seed {cell.seed}"
 
 
 def _reason(error: Exception) -> str:

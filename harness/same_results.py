@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
 import yaml
 from pydantic import Field, PositiveInt
 

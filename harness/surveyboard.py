@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import counts, records
+from harness import counts, freshness, records
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, machine, tables_of
 from harness.words import numbers_told
@@ -28,6 +28,8 @@ class Line:
     of_products: float | None = None
     of_copies: float | None = None
     errors: tuple[float, float] = (0.0, 0.0)
+    method: str = ""
+    code: str = freshness.UNRECORDED  # whether the code that was timed is the one that is here: see harness.freshness
 
     @property
     def images_per_second(self) -> float:
@@ -96,10 +98,11 @@ def _name(record: Record) -> str:
 
 def _table(subject: list[Any], timed: TimedOn, found: list[Record], limits: dict[str, Record]) -> SurveyTable:
     table = SurveyTable(*subject, timed, limits, [], {})
-    table.lines = sorted((_line(record, table.limits) for record in found), key=_order)
     by_method: dict[str, list[Record]] = defaultdict(list)
-    for record in found:
+    for record in _told_apart(found):
+        table.lines.append(_line(record, table.limits))
         by_method[_name(record)].append(record)
+    table.lines.sort(key=_order)
     for label, same in sorted(by_method.items()):
         own = [line for line in table.lines if line.label == label]
         speeds = {line.timing: line.speed for line in own}
@@ -115,12 +118,26 @@ def _table(subject: list[Any], timed: TimedOn, found: list[Record], limits: dict
     return table
 
 
+def _told_apart(found: list[Record]) -> list[Record]:
+    """Records of several versions of a plug-in say in their labels which."""
+    versions: dict[str, set[str | None]] = defaultdict(set)
+    for record in found:
+        versions[_name(record)].add(record["survey"].get("plugin_code"))
+    return [
+        record | {"label": f"{record['label']} (code {record['survey']['plugin_code'][:6]})"}
+        if len(versions[_name(record)]) > 1 and record["survey"].get("plugin_code")
+        else record
+        for record in found
+    ]
+
+
 def _line(record: Record, limits: dict[str, Record]) -> Line:
     facts, timing = record["survey"], Timing(record["dtype"], record["batch"], record["mode"])
     macs = (facts["macs_dense"], facts["macs_theoretical"], facts["macs_executed"])
     speed = speed_of([record["latency"]], macs[0] / macs[1])
-    line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed)
+    line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed, method=facts["method"])
     line.errors = tuple(counts.errors(facts)[name] for name in counts.OF_IMAGES)
+    line.code = freshness.measure_state(record, facts["method"], facts["revision"])
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
         seconds = line.speed.mean_milliseconds / 1e3

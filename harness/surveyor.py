@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from harness import device as devices
-from harness import measuring, models, roofline, workers
+from harness import freshness, measuring, models, roofline, workers
 from harness.latency import Conditions
 from harness.progress import Reporter
 from harness.records import Store, identify, provenance
@@ -21,10 +21,18 @@ class Surveyor:
     budget did not reach."""
 
     def __init__(
-        self, plan: Plan, store: Store, reporter: Reporter, budget: TimeBudget, remeasure: bool = False
+        self,
+        plan: Plan,
+        store: Store,
+        reporter: Reporter,
+        budget: TimeBudget,
+        remeasure: bool = False,
+        redo: bool = False,
     ) -> None:
+        """redo: what other code has measured is measured again."""
         self.plan, self.survey, self.store, self.reporter = plan, plan.survey, store, reporter
-        self.budget, self.remeasure = budget, remeasure
+        self.budget, self.remeasure, self.redo = budget, remeasure, redo
+        self.stale: list[str] = []  # rows that other code has measured, and that were kept
         self.device = devices.find(self.survey.device)
         self.left = 0
 
@@ -36,6 +44,8 @@ class Surveyor:
         workers.start_server()
         if with_roofline:
             self._roofline()
+        for _, method in self.plan.rows:  # a survey is of the code that it began with
+            freshness.code_digest(method.name)
         failed = 0
         jobs = [(case, label, method) for case in self.survey.cases for label, method in self.plan.rows]
         for number, (case, label, method) in enumerate(jobs, 1):
@@ -46,6 +56,8 @@ class Surveyor:
                 reason = "unsupported" if isinstance(error, Unsupported) else type(error).__name__
                 self.reporter.done(f"{name}: FAILED ({reason}: {' '.join(str(error).split())[:300]})")
                 failed += 1
+        if self.stale:
+            self.reporter.say(freshness.closing(self.stale))
         return failed
 
     def _do(self, case: Case, label: str, method: Method, name: str) -> bool:
@@ -54,10 +66,10 @@ class Surveyor:
         keys = [measuring.key(identify(subject), self.device, conditions) for conditions in wanted]
         missing = [
             i for i, key in enumerate(keys)
-            if self.remeasure or not measuring.answers(self.store.read(identify(key)), wanted[i])
+            if self.remeasure or not self._answers(method, self.store.read(identify(key)), wanted[i], name)
         ]  # fmt: skip
         if not missing:
-            self.reporter.done(f"{name}: present")
+            self.reporter.done(f"{name}: present{', made by other code' if name in self.stale else ''}")
             return True
         if self.budget.is_spent:
             self.left += len(missing)
@@ -87,12 +99,22 @@ class Surveyor:
         self.reporter.done(f"{name}: {'; '.join(done)}")
         return True
 
+    def _answers(self, method: Method, found: dict[str, Any] | None, asked: Conditions, name: str) -> bool:
+        """Whether a record says what is asked. One that other code has made does not where such are made again."""
+        if not measuring.answers(found, asked):
+            return False
+        is_other = freshness.measure_state(found, method.name, method.revision) == freshness.OTHER
+        if is_other and not self.redo and name not in self.stale:
+            self.stale.append(name)
+        return not (is_other and self.redo)
+
     def _write(
         self, key: dict[str, Any], label: str, subject: dict[str, Any], facts: dict[str, Any], row: dict[str, Any]
     ) -> None:
         self.store.write({
             "id": identify(key), "kind": "measure", **key, "images": "synthetic", "label": label, "survey": subject | facts,
-            "latency": row, "where": devices.where(self.device), "code": provenance(),
+            "latency": row, "where": devices.where(self.device),
+            "code": provenance() | {"digest": freshness.code_digest(subject["method"])},
         })  # fmt: skip
 
     def _roofline(self) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from harness import freshness
 from harness.speeds import absences, marks
 from harness.surveyboard import Line, SurveyTable
 from harness.timedon import is_old, told
@@ -53,7 +54,8 @@ def notes(table: SurveyTable) -> list[str]:
     """Why rows are slower than their formula, and why there are no numbers."""
     found = [f"{label}: {line}" for label, line in table.verdicts.items()]
     cells = [(line.label, line.timing, line.speed) for line in table.lines]
-    return found + absences(cells, table.names)
+    made = freshness.notes((line.label, line.method, line.code) for line in table.lines)
+    return found + absences(cells, table.names) + made
 
 
 def _cells(table: SurveyTable) -> list[list[str]]:
@@ -75,7 +77,7 @@ def _line(line: Line, with_energy: bool, with_limits: bool) -> list[str]:
     if speed.unavailable:
         return cells + ["n/a"] * (5 + with_energy + 2 * with_limits)
     cells += [
-        f"{speed.milliseconds:.2f}{marks(speed, timing)}",
+        f"{speed.milliseconds:.2f}{marks(speed, timing)}{freshness.mark(line.code)}",
         f"{line.images_per_second:.1f}",
         f"{speed.speed_up:.2f}x ± {speed.half_width:.2f}",
     ]
@@ -114,6 +116,7 @@ def frame_lines(tables: list[SurveyTable]) -> list[dict[str, Any]]:
             "macs_dense": line.macs[0], "macs_theoretical": line.macs[1], "macs_executed": line.macs[2],
             "macs_theoretical_error": line.errors[0], "macs_executed_error": line.errors[1], **table.timed_on,
             **line.speed.numbers(line.timing), "of_products": line.of_products, "of_copies": line.of_copies,
+            "timing_code": freshness.public(line.code),
         }
         for table in tables for line in table.lines
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from harness.cells import Cell
 from harness.cluster import Cluster, agreed
 from harness.data.dataset import ImageData
 from harness.device import Plan, execution
+from harness.freshness import Maker, code_digest
 from harness.identity import Identity
 from harness.progress import Reporter
 from harness.records import Store, write_atomically
@@ -40,6 +41,7 @@ class Trained:
     phases: list[dict[str, Any]]
     averaged: nn.Module | None = None
     unreadable: tuple[str, ...] = ()  # what was wrong with training images that others stood in for
+    code: dict[str, str | None] = field(default_factory=dict)  # digests of the code that trained it: see freshness.Maker
 
 
 class DenseFailed(RuntimeError):
@@ -58,9 +60,11 @@ class Trainer:
         reporter: Reporter,
         cluster: Cluster,
         fresh: bool,
+        redo: bool = False,
     ) -> None:
+        """redo: what other code has trained is trained again."""
         self.identity, self.data, self.plan, self.store = identity, data, plan, store
-        self.reporter, self.cluster, self.fresh = reporter, cluster, fresh
+        self.reporter, self.cluster, self.fresh, self.redo = reporter, cluster, fresh, redo
         self.spec = identity.spec
         self._trained: dict[str, Trained] = {}
 
@@ -109,21 +113,36 @@ class Trainer:
                 averaged = copy.deepcopy(sparse)
                 averaged.load_state_dict(content["averaged"])
             phases, unreadable, problem = content["phases"], tuple(content["unreadable"]), ""
+            code = self._unknown(cell) | content.get("code", {})
+            if self.redo and not self.maker(cell, code_digest(self.identity.dense_cell(cell).method.name)).made(code):
+                problem = "made by other code"
         except Exception as error:
-            phases, unreadable, problem = [], (), type(error).__name__
+            phases, unreadable, code, problem = [], (), {}, type(error).__name__
         if self.cluster.any(bool(problem)):
             self.reporter.say(
                 f"checkpoint {path.name} cannot be used ({problem or 'in another process'}); training again"
             )
             return None
         on_device = [model.to(self.plan.device).eval() if model is not None else None for model in (sparse, averaged)]
-        return Trained(on_device[0], phases, on_device[1], unreadable)
+        return Trained(on_device[0], phases, on_device[1], unreadable, code)
+
+    def maker(self, cell: Cell, dense: str | None) -> Maker:
+        """The code that trains the cell. dense: digest of the code that made the dense network which it begins with."""
+        code = {"digest": code_digest(cell.method.name)} | ({"dense": dense} if self.identity.needs_dense(cell) else {})
+        dense_revision = self.identity.dense_cell(cell).method.revision
+        return Maker(cell.method.name, cell.method.revision, code, dense_revision)
+
+    def _unknown(self, cell: Cell) -> dict[str, str | None]:
+        """What checkpoints say that were made before digests were recorded."""
+        return dict.fromkeys(self.maker(cell, None).code)
 
     def _train(self, cell: Cell, name: str) -> Trained:
         recipe, _ = self.identity.training_of(cell)
         if self.identity.is_dense(cell) and self.spec.dense.weights:
-            return Trained(self._sparse(cell).to(self.plan.device).eval(), [])
-        dense = self._dense(cell, name) if self.identity.needs_dense(cell) else None
+            return Trained(self._sparse(cell).to(self.plan.device).eval(), [], code=dict(self.maker(cell, None).code))
+        start = self._dense(cell, name) if self.identity.needs_dense(cell) else None
+        dense = start.sparse if start else None
+        maker = self.maker(cell, start.code.get("digest") if start else None)
         sparse = self._sparse(cell, dense if cell.method.start == "dense" else None).to(self.plan.device)
         teacher = to_cpu(dense).to(self.plan.device) if self.identity.has_teacher(cell) else None
         self.reporter.begin(name, "training")
@@ -133,15 +152,15 @@ class Trainer:
             phases = cell.method.phases(sparse, make_criterion(recipe), teacher)
             most = self.spec.budget.max_steps
             steps = sum(budget_steps(self.data, recipe, part, most) for part in self.identity.budgets_of(cell))
-            training = self._training(cell, steps, self._reported(cell, sparse))
+            training = self._training(cell, steps, self._reported(cell, sparse), maker)
             logs, averaged = run_phases(sparse, phases, training)
         for model in (sparse, averaged):
             if model is not None:
                 restore_norms(model.eval(), recipe)
         unreadable = tuple(reason for _, reason in sorted(self.data.unreadable.items()))
-        return Trained(sparse, [asdict(log) for log in logs], averaged, unreadable)
+        return Trained(sparse, [asdict(log) for log in logs], averaged, unreadable, dict(maker.code))
 
-    def _training(self, cell: Cell, steps: int, reported: Callable[[], dict[str, float]]) -> Training:
+    def _training(self, cell: Cell, steps: int, reported: Callable[[], dict[str, float]], maker: Maker) -> Training:
         """Everything around the steps: where the state and the log are kept, which results of phases are there already."""
         weights_id, options = self.identity.weights_id(cell), self.spec.train
         snapshots = self._snapshots(weights_id)
@@ -151,7 +170,7 @@ class Trainer:
             self.identity.training_of(cell)[0], self.data, self.plan, cell.seed, steps, options, self.spec.data.max_unreadable,
             self.cluster, self.reporter.watch, self.reporter.say, journal, snapshots, artifacts,
             {phase: Path(file) for phase, file in cell.phases.items()}, reported,
-            cell.method.convert_checkpoint,
+            cell.method.convert_checkpoint, maker,
         )  # fmt: skip
 
     def _snapshots(self, weights_id: str) -> Snapshots:
@@ -179,13 +198,13 @@ class Trainer:
 
         return reported
 
-    def _dense(self, cell: Cell, name: str) -> nn.Module:
+    def _dense(self, cell: Cell, name: str) -> Trained:
         """The trained dense network of the cell's seed."""
         dense_cell = self.identity.dense_cell(cell)
         failure = self.cluster.share(lambda: self._failure_of(dense_cell))
         if failure is not None:
             raise agreed(DenseFailed(f"the dense network that it starts from failed ({failure})"))
-        return self.weights(dense_cell, f"{name}, its dense network").sparse
+        return self.weights(dense_cell, f"{name}, its dense network")
 
     def _failure_of(self, cell: Cell) -> str | None:
         """Why the cell failed; None where it did not, or where only timing it failed."""
@@ -217,6 +236,7 @@ def _write_checkpoint(path: Path, trained: Trained) -> None:
         "model": trained.sparse.state_dict(),
         "phases": trained.phases,
         "unreadable": list(trained.unreadable),
+        "code": trained.code,
     }
     if trained.averaged is not None:
         content["averaged"] = trained.averaged.state_dict()

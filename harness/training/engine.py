@@ -152,7 +152,7 @@ class Run:
     def _write(self, step: int, inside: dict[str, Any] | None) -> None:
         content = state_of(self.model, self.phases) | {
             "position": [self.number, inside is not None], "logs": [asdict(log) for log in self.logs], "inside": inside,
-            "ema": self._averaged(), "unreadable": dict(self.training.data.unreadable),
+            "ema": self._averaged(), "unreadable": dict(self.training.data.unreadable), "code": self._code(),
         }  # fmt: skip
         self.training.snapshots.save(step * 2 + (inside is None), content)
 
@@ -180,10 +180,14 @@ class Run:
         training.say(f"going on with phase {where} after step {done}" if where else "going on after the last phase")
 
     def _newest(self) -> str | None:
-        """The newest whole snapshot; what is damaged is told, and removed."""
+        """The newest whole snapshot of this code; what is damaged is told, and removed, and so is what other code has begun."""
         for path, content in self.training.snapshots.newest():
-            if content is not None:
+            if content is not None and self._is_ours(content):
                 return path.name
+            if content is not None:
+                self.training.say("the method's code has changed since this training was interrupted; it begins anew")
+                self.training.snapshots.remove()
+                return None
             self.training.say(f"snapshot {path.name} is damaged; going on from the one before")
         return None
 
@@ -228,19 +232,30 @@ class Run:
     def _is_whole(self, path: Path) -> bool:
         """Whether the artifact is there and can be used."""
         try:
-            read_state(path)
+            content = read_state(path)
         except FileNotFoundError:
             return False
         except Damaged:
             self.training.say(f"artifact {path.name} is damaged; making it again")
             return False
+        if not self._is_ours(content):
+            self.training.say(f"artifact {path.name} was made by other code; making it again")
+            return False
         return True
+
+    def _is_ours(self, content: dict[str, Any]) -> bool:
+        """Whether the code that is here may go on with a snapshot or an artifact."""
+        maker = self.training.maker
+        return maker is None or maker.made(content.get("code"))
+
+    def _code(self) -> dict[str, str | None]:
+        return dict(self.training.maker.code) if self.training.maker else {}
 
     def _offer(self) -> None:
         path = self._artifact()
         if path is not None:
             state = state_of(self.model, self.phases[: self.number + 1])
-            content = state | {"log": asdict(self.logs[-1]), "ema": self._averaged()}
+            content = state | {"log": asdict(self.logs[-1]), "ema": self._averaged(), "code": self._code()}
             self.training.cluster.share(lambda: save_state(path, content))
 
     def _artifact(self) -> Path | None:

@@ -11,6 +11,7 @@ from harness import spec
 from harness.cluster import ALONE, Cluster
 from harness.data.dataset import ImageData
 from harness.device import Plan
+from harness.freshness import Maker
 from harness.spec import Recipe
 from harness.training.artifacts import Artifacts
 from harness.training.journal import Journal
@@ -64,7 +65,7 @@ class PhaseLog:
 class Training:
     """What a cell's phases share. steps: the budget. options: how often to save, when to give up. reported: what the model keeps
     just now, by name, for the log. given: files that phases' results are taken from, by the phase's name; convert: what makes a state dict of
-    an authors' checkpoint among them."""
+    an authors' checkpoint among them. maker: the code that trains; what other code has begun or made is not gone on with."""
 
     recipe: Recipe
     data: ImageData
@@ -82,6 +83,7 @@ class Training:
     given: dict[str, Path] = field(default_factory=dict)
     reported: Callable[[], dict[str, float]] = dict
     convert: Callable[[dict[str, Any]], dict[str, Any]] = lambda content: content.get("model", content)
+    maker: Maker | None = None
 
 
 def budget_steps(data: ImageData, recipe: Recipe, epochs: float, max_steps: int | None) -> int:
