@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.spec import Entry
     from harness.survey import Plan as SurveyPlan
     from harness.survey import TimeBudget
+    from methods import Method
 
 ROOT = Path(__file__).resolve().parent
 
@@ -247,9 +248,7 @@ def latency(
     raise typer.Exit(_survey(planned, results, budget, roofline, remeasure, redo))
 
 
-def _survey(
-    planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bool, remeasure: bool, redo: bool
-) -> int:
+def _survey(planned: SurveyPlan, results: Path, budget: TimeBudget, roofline: bool, remeasure: bool, redo: bool) -> int:
     """Measures and shows: 0, or 1 if a row failed, or 130 after Ctrl-C."""
     from harness.progress import Reporter
     from harness.records import Store
@@ -276,16 +275,55 @@ def check(
     method: Annotated[str, typer.Argument(help="Its name.")],
     set_: Sets = None,
     plugin: Plugins = None,
+    same_results: Annotated[
+        bool,
+        typer.Option(
+            "--same-results",
+            help="Instead: train a few steps with the code of a commit and with that of the working tree; where all is equal to the bit, "
+            "methods/same_results.yaml says so from then on, and records of the one count as made by the other.",
+        ),
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="What --same-results compares with.", show_default="HEAD")
+    ] = None,
+    fingerprint: Annotated[bool, typer.Option("--fingerprint", hidden=True)] = False,
 ) -> None:
     """Runs the conformance suite: does a method keep the contract?"""
+    if against is not None and not same_results:
+        raise typer.BadParameter("goes with --same-results", param_hint="--against")
     entries, _ = _entries(method, set_, plugin)
     from harness.cells import expand
+
+    rows = [row for entry in entries for row in expand(entry)]
+    if same_results or fingerprint:
+        if len(entries) != 1:
+            raise typer.BadParameter("name one method", param_hint="METHOD")
+        raise typer.Exit(_compare(method, set_ or [], against or "HEAD") if same_results else _fingerprint(rows))
     from harness.conformance import check_method, show_findings
 
     passed = True
-    for label, chosen in (row for entry in entries for row in expand(entry)):
+    for label, chosen in rows:
         passed &= show_findings(label, check_method(chosen))
     raise typer.Exit(0 if passed else 1)
+
+
+def _compare(method: str, sets: list[str], against: str) -> int:
+    """Whether the working tree gives what a commit gave: 0, or 1 if not."""
+    from harness.code_comparison import compare_code
+
+    same, line = compare_code(method, sets, against)
+    typer.echo(line)
+    return 0 if same else 1
+
+
+def _fingerprint(rows: list[tuple[str, Method]]) -> int:
+    """What the code gives, in one line of JSON: --same-results asks for it in each of its two trees."""
+    import json
+
+    from harness.fingerprint import fingerprint
+
+    typer.echo(json.dumps(fingerprint(rows)))
+    return 0
 
 
 @app.command()

@@ -14,17 +14,17 @@ from harness.spec import ROOT
 PACKAGE = ROOT / "methods"
 NATIVE = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}  # sources that a package compiles when it is used
 INSTALLED = {"site-packages", "dist-packages"}  # what lies beside a module there has nothing to do with it
-NO_MEANING = {"ctx", "kind", "type_comment"}  # fields of nodes that follow from others, or say nothing to the interpreter
+NO_MEANING = {"ctx", "kind", "type_comment"}  # fields of nodes that follow from others
 
 
 def digest_of(*entries: Path) -> str:
     """SHA-256 (hexadecimal) of all files that these modules are made of: their own, and the shared ones of `methods`."""
-    return _joined(entries, _closure(entries))
+    return _joined(entries, code_files(*entries))
 
 
 def own_digest(*entries: Path) -> str:
     """The same without what belongs to the package `methods`: of a plug-in, what its author wrote."""
-    return _joined(entries, [path for path in _closure(entries) if not path.is_relative_to(PACKAGE)])
+    return _joined(entries, [path for path in code_files(*entries) if not path.is_relative_to(PACKAGE)])
 
 
 def _joined(entries: tuple[Path, ...], files: list[Path]) -> str:
@@ -36,7 +36,7 @@ def _joined(entries: tuple[Path, ...], files: list[Path]) -> str:
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in named).encode()).hexdigest()
 
 
-def _closure(entries: tuple[Path, ...]) -> list[Path]:
+def code_files(*entries: Path) -> list[Path]:
     """The files of these modules (of a package: all), and what they import, directly or not; sorted."""
     found: set[Path] = set()
     waiting = [path.resolve() for path in entries]
@@ -138,7 +138,7 @@ def _file_digest(path: Path) -> str:
 def canonical(node: object) -> str:
     """A syntax tree as text that is the same under every version of Python: kinds of nodes, and their fields that are not empty."""
     if isinstance(node, ast.Constant):
-        return f"{type(node.value).__name__}:{ascii(node.value)}"
+        return f"{type(node.value).__name__}:{node.value!a}"
     if isinstance(node, ast.JoinedStr):
         return f"JoinedStr[{','.join(map(canonical, _merged(node.values)))}]"
     if isinstance(node, list):

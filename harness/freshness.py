@@ -110,7 +110,10 @@ def notes(rows: Iterable[tuple[str, str, str]]) -> list[str]:
     others = list(dict.fromkeys(label for label, _, found in rows if found == OTHER))
     before = len({label for label, _, found in rows if found == UNRECORDED})
     absent = list(dict.fromkeys(method for _, method, found in rows if found == ABSENT))
-    lines = [f"{MARK} made by other code than what is here: {', '.join(others)}; {REDO}"] if others else []
-    lines += [f"{before} {'row was' if before == 1 else 'rows were'} made before digests of code were recorded"] if before else []
-    lines += [f"made by code that is not here, so nobody knows whether it has changed: {', '.join(absent)}"] if absent else []
-    return lines
+    were = "row was" if before == 1 else "rows were"
+    lines = {
+        f"{MARK} made by other code than what is here: {', '.join(others)}; {REDO}": others,
+        f"{before} {were} made before digests of code were recorded": before,
+        f"made by code that is not here, so nobody knows whether it has changed: {', '.join(absent)}": absent,
+    }
+    return [line for line, is_needed in lines.items() if is_needed]

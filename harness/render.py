@@ -239,8 +239,9 @@ def frame(tables: list[Table], surveys: Sequence[SurveyTable] = ()) -> pd.DataFr
                 **{f"estimated_us, {name}": value for name, (value, _) in row.estimates.items()},
                 "code": freshness.public(row.code),
             }  # fmt: skip
-            timed = {timing: {"timing_code": freshness.public(state)} for timing, state in row.timing_code.items()}
-            lines += [base | speed.numbers(timing) | timed.get(timing, {}) for timing, speed in row.speeds.items()] or [base]
+            lines += [base | speed.numbers(timing) | _made(row, timing) for timing, speed in row.speeds.items()] or [
+                base
+            ]
     return pd.DataFrame(lines + surveyshown.frame_lines(list(surveys)))
 
 
@@ -252,6 +253,10 @@ def _claim(row: Row) -> dict[str, str | float | None]:
         "difference_low": low, "difference_high": high, "p_value": row.p_value, "test": row.test,
         "degrees_of_freedom": row.freedom,
     }  # fmt: skip
+
+
+def _made(row: Row, timing: Timing) -> dict[str, str]:
+    return {"timing_code": freshness.public(row.timing_code.get(timing, freshness.UNRECORDED))}
 
 
 def write_markdown(tables: list[Table], surveys: Sequence[SurveyTable], path: Path) -> None:

@@ -41,7 +41,7 @@ class Trained:
     phases: list[dict[str, Any]]
     averaged: nn.Module | None = None
     unreadable: tuple[str, ...] = ()  # what was wrong with training images that others stood in for
-    code: dict[str, str | None] = field(default_factory=dict)  # digests of the code that trained it: see freshness.Maker
+    code: dict[str, str | None] = field(default_factory=dict)  # whose work it is: see freshness.Maker
 
 
 class DenseFailed(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -129,10 +130,8 @@ def source_files(name: str) -> tuple[Path, ...]:
     if is_builtin(name):
         return (_builtin_files()[name],)
     files = [path for path, names in _plug_ins.items() if name in names]
-    try:
+    with contextlib.suppress(KeyError, TypeError, OSError):  # not loaded, or not made from a file
         files.append(Path(inspect.getfile(_registered[name])).resolve())
-    except (KeyError, TypeError, OSError):  # not loaded, or not made from a file
-        pass
     return tuple(dict.fromkeys(files))
 
 
