@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TOY, bench, tiny_spec, written
+from conftest import ROOT, TOY, tiny_spec, written
 from test_interruption import trainer_of
 from test_leaderboard import CONTEXT, measure_record, train_record
 
@@ -25,7 +25,6 @@ from harness.leaderboard import tables
 from harness.records import Store, identify, load_all
 from harness.same_results import Evidence
 from harness.surveyboard import surveys
-from harness.training.artifacts import Artifacts
 from harness.training.snapshots import read_state, save_state
 from methods.core.registry import available, is_builtin
 
