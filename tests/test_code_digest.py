@@ -182,6 +182,12 @@ def test_a_plugin_is_its_file_and_all_that_it_imports_of_its_own(tmp_path, name)
     assert (digest_of(one) != digest_of(two)) == (name in COUNTED)
 
 
+def test_of_a_method_that_is_a_package_every_file_counts(tmp_path):
+    entry = plugin(tmp_path).parent / "parts" / "__init__.py"
+    assert tmp_path / "parts" / "unused.py" in code_files(entry)
+    assert tmp_path / "unused.py" not in code_files(entry)
+
+
 def test_where_a_plugin_lies_and_what_it_is_called_does_not_count(tmp_path):
     here, there = plugin(tmp_path / "here"), plugin(tmp_path / "there")
     assert digest_of(here) == digest_of(there)
