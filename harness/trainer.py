@@ -92,7 +92,7 @@ class Trainer:
         path = self.store.checkpoint(self.identity.weights_id(self.identity.dense_cell(cell)))
         if not self.cluster.share(path.exists):
             return None
-        return self._sparse(cell, self._dense(cell, name)).to(self.plan.device).eval()
+        return self._sparse(cell, self._dense(cell, name).sparse).to(self.plan.device).eval()
 
     def forget_others(self, cell: Cell) -> None:
         """Keeps only the dense network of this seed in memory: it is start and teacher of the cells to come."""
