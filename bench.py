@@ -163,10 +163,15 @@ def cost(
     by: Annotated[str | None, typer.Option(metavar="part|block", help="Show where the MACs go, too.")] = None,
     also: Annotated[
         str | None,
-        typer.Option(metavar="layernorm,softmax,gelu", help="Count these too (traces only), as some scripts do."),
+        typer.Option(
+            metavar="layernorm,softmax,gelu", help="Count these too (of what is executed only), as some scripts do."
+        ),
     ] = None,
     authors: Annotated[
         bool, typer.Option("--authors", help="Also how a method's authors count, where that differs.")
+    ] = False,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Also what common counters (torch's, fvcore's) say, and why they differ.")
     ] = False,
     images: Annotated[
         int, typer.Option(min=1, help="Random images over which costs that depend on the image are averaged.")
@@ -180,7 +185,7 @@ def cost(
     from harness.costs_shown import cost_rows, show_costs
 
     counted = [name.strip() for name in also.split(",")] if also else []
-    rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size, counted, images)
+    rows, refused = cost_rows(backbone, backbone_kwargs, entries, image_size, counted, images, counters)
     show_costs(rows, as_json=json, by=by, authors=authors)
     for line in refused:
         typer.echo(line, err=True)

@@ -1,4 +1,4 @@
-"""Multiply-adds per image, three ways: of the dense backbone, by formula from the report, and traced while executing.
+"""Multiply-adds per image, three ways: of the dense backbone, by formula from the report, and counted while executing.
 
 Convention: one multiply-add is 1; matrix products and convolutions count, nothing else does (as in the papers' formulas;
 fvcore's own default adds LayerNorm at 5 per element).
@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harness.executed import counters, executed, executed_macs
 from harness.formula import theoretical, theoretical_macs
 from harness.macs import Count
 from harness.records import COUNT_REVISION
-from harness.trace import traced, traced_macs
 from methods import Method, Report
 from methods.core.vit import dense_report
 
@@ -34,6 +34,7 @@ class Costs:
     params_nonzero: int
     params_theoretical: int
     theory_of_run: Count | None = None
+    only: str = ""  # why what is executed was counted by the dispatcher alone; empty where fvcore has confirmed it
 
     def record(self) -> dict[str, Any]:
         """Whole numbers where it is about one image; parts and blocks beside the totals. macs_images: how many images the means are over, 1 where none
@@ -50,6 +51,7 @@ class Costs:
             **_same(self.theory_of_run),
             "parts": {name: _rounded(count.parts) for name, count in there.items()},
             "blocks": {name: [_rounded(block) for block in count.blocks] for name, count in there.items()},
+            **counters(self.only),
             "params": self.params, "params_nonzero": self.params_nonzero, "params_theoretical": self.params_theoretical,
         }  # fmt: skip
 
@@ -71,9 +73,9 @@ def count(
     also: Iterable[str] = (),
     theory: Count | None = None,
 ) -> Costs:
-    """All costs of a method on a backbone; the report and the trace see `images` [B, 3, H, W], a mean over which is taken
-    where they differ. `also`: operations besides products that the two traces count (see `harness.trace.ALSO`). theory: by formula of a whole split, where that was
-    collected (see `harness.tally`)."""
+    """All costs of a method on a backbone; the report and the counters see `images` [B, 3, H, W], a mean over which is
+    taken where they differ. `also`: what is counted besides products in what is executed (`harness.operations.ALSO`).
+    theory: by formula of a whole split, where that was collected (see `harness.tally`)."""
     sparse = sparse.eval()
     report = method.report(sparse, images)
     of_these = theoretical(vit, report, images.shape[-2:])
@@ -84,14 +86,16 @@ def count(
         name for name, p in deployed.named_parameters() if p.shape == shapes.get(name)
     }  # a smaller one has lost what is masked
     overhead = {extra.name: extra.block for extra in report.overhead if extra.block is not None}
+    dense, run = executed(vit, images[:1], also), executed(deployed, looked_at, also, overhead)
     return Costs(
-        dense=traced(vit, images[:1], also),
+        dense=dense.count,
         theoretical=None if also else theory,
-        executed=traced(deployed, looked_at, also, overhead),
+        executed=run.count,
         params=sum(p.numel() for p in deployed.parameters()),
         params_nonzero=_kept(deployed, {name: share for name, share in report.weight_density.items() if name in whole}),
         params_theoretical=_kept(sparse, report.weight_density),
         theory_of_run=theory_of_run,
+        only=run.only or dense.only,
     )
 
 
@@ -120,7 +124,7 @@ def _differ(per_image: list[Tensor]) -> bool:
 
 
 def dense_formula_holds(vit: nn.Module, images: Tensor, tolerance: float = 1e-3) -> tuple[bool, float, float]:
-    """Whether the formula, for a model that keeps everything, agrees with the trace: (agrees, formula, traced). Where it
-    does not, the backbone has parts that the formula does not know, and theoretical counts would be wrong."""
-    formula, executed = theoretical_macs(vit, dense_report(vit), images.shape[-2:]), traced_macs(vit, images[:1])
-    return abs(formula - executed) <= tolerance * executed, formula, executed
+    """Whether the formula, for a model that keeps everything, agrees with what is executed: (agrees, formula, executed).
+    Where it does not, the backbone has parts that the formula does not know, and theoretical counts would be wrong."""
+    formula, run = theoretical_macs(vit, dense_report(vit), images.shape[-2:]), executed_macs(vit, images[:1])
+    return abs(formula - run) <= tolerance * run, formula, run

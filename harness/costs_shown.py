@@ -13,7 +13,7 @@ from rich.table import Table
 
 from harness.cells import expand
 from harness.spec import Backbone, Entry
-from harness.words import macs_told, numbers_told
+from harness.words import counters_told, macs_told, numbers_told
 from harness.yamlfile import validate
 
 if TYPE_CHECKING:
@@ -31,14 +31,17 @@ def cost_rows(
     image_size: int | None,
     also: list[str] | tuple[str, ...] = (),
     images: int = 2,
+    counters: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """A row per method and combination of settings, by label, and a line per method that the backbone refuses."""
+    """A row per method and combination of settings, by label, and a line per method that the backbone refuses. counters:
+    also what common counters say."""
     chosen = [row for entry in entries for row in expand(entry)]
     import torch
 
     from harness import cost, models
+    from harness.counters import compare_counters
+    from harness.operations import check_names
     from harness.summary import authors, estimates, numbers, numbers_error
-    from harness.trace import check_names
     from methods import Unsupported
 
     named = check_names(also)
@@ -57,11 +60,14 @@ def cost_rows(
             refused.append(f"{method.name}: not on {backbone}: {error}")
             continue
         method.calibrate(sparse, noise, KEEP_RATE)
-        costs = cost.count(method, vit, sparse, method.deploy(sparse), noise, named)
+        deployed = method.deploy(sparse)
+        costs = cost.count(method, vit, sparse, deployed, noise, named)
+        seen = noise if costs.executed.spread else noise[:1]
         report = method.report(sparse, noise)
         rows[label] = _row(method, backbone, costs) | {
-            "convention": convention(sorted(named)), "remarks": list(report.remarks), "estimates": estimates(report),
-            "numbers": numbers(report), "numbers_error": numbers_error(report), "authors": authors(report),
+            "convention": convention(sorted(named)), "remarks": [*report.remarks, *counters_told(costs.record())],
+            "estimates": estimates(report), "numbers": numbers(report), "numbers_error": numbers_error(report),
+            "authors": authors(report), **({"common_counters": compare_counters(deployed, seen)} if counters else {}),
         }  # fmt: skip
     return rows, refused
 
@@ -82,7 +88,7 @@ def _row(method: Any, backbone: str, costs: Costs) -> dict[str, Any]:
 
 def convention(also: list[str]) -> str:
     """What counts, in words."""
-    from harness.trace import ALSO
+    from harness.operations import ALSO
 
     more = ", ".join(f"{name} {ALSO[name]} per element" for name in also)
     return "one multiply-add = 1, of matrix products and convolutions" + (f"; and {more}" if more else "")
@@ -126,6 +132,8 @@ def show_costs(rows: dict[str, dict[str, Any]], as_json: bool, by: str | None = 
             console.print(_by_block(label, row))
         if authors and row["authors"]:
             console.print(_by_authors(label, row["authors"]))
+        if "common_counters" in row:
+            console.print(_by_counters(label, row["common_counters"]))
     notes = {
         f"{label}: {numbers_told(row['numbers'], row['numbers_error'])}": None
         for label, row in rows.items()
@@ -154,6 +162,16 @@ def _by_authors(label: str, count: dict[str, Any]) -> Table:
     """GMACs of each part and all as the method's authors count."""
     table = _table(f"{escape(label)}, as its authors count", "GMACs", *count["parts"])
     table.add_row("", _giga(count["macs"]), *map(_giga, count["parts"].values()))
+    return table
+
+
+def _by_counters(label: str, counters: list[dict[str, Any]]) -> Table:
+    """GMACs by each common counter, and what makes the difference to ours."""
+    from harness.counters import reasons
+
+    table = Table(f"{escape(label)}, counted by", "GMACs", "why")
+    for row in counters:
+        table.add_row(row["name"], _giga(row["macs"]), escape("\n".join(reasons(row))))
     return table
 
 

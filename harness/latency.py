@@ -23,9 +23,9 @@ from harness.contender import Contender
 from harness.device import DTYPES, sensors
 from harness.device.execution import NotAvailable, cold_inputs, is_out_of_memory, peak_of, precision, timed, use
 from harness.device.observe import Observer
+from harness.executed import counters, executed
 from harness.modes import has_own_kernels, prepare
 from harness.speedup import Turns, speed_up
-from harness.trace import traced
 
 WARM_UP_LIMIT = 30.0  # seconds for both models together ...
 WARM_UP_SHARE = (
@@ -180,8 +180,8 @@ def _facts(contender: Contender) -> dict[str, Any]:
             raise
         return facts | {"peak_bytes": None, "operations": None, "waits": None}
     if has_own_kernels(model):  # what it executes is known only now
-        count = traced(model, torch.cat(inputs) if contender.varies else inputs[0][:1])
-        facts |= {"macs_executed": count.total, "parts_executed": count.parts}
+        run = executed(model, torch.cat(inputs) if contender.varies else inputs[0][:1])
+        facts |= {"macs_executed": run.count.total, "parts_executed": run.count.parts, **counters(run.only)}
     if has_own_kernels(model) or contender.prepared.refused:
         facts["kernels_refused"] = contender.prepared.refused
     facts["peak_bytes"] = facts["weights_bytes"] + peak

@@ -13,6 +13,7 @@ from typing import Any
 from harness import compare, counts, freshness, records, stats
 from harness.speeds import Speed, Timing, chosen_kernels, column_names, executed, judge, speed_of
 from harness.timedon import TimedOn, tables_of
+from harness.words import counters_told
 
 Record = dict[str, Any]
 COUNTED = ("macs_dense", "macs_theoretical", "macs_executed", "params", "params_nonzero")
@@ -153,7 +154,8 @@ def _row(found: list[Record], others: tuple[list[Record] | None, list[Record] | 
     row.numbers_error = _means([record.get("report", {}).get("numbers_error", {}) for record in found])
     _counted(row, [record["cost"] for record in found])
     row.macs_authors = _mean([record.get("report", {}).get("authors", {}).get("macs") for record in found])
-    row.remarks = list(dict.fromkeys(line for record in found for line in record.get("report", {}).get("remarks", [])))
+    said = [[*record.get("report", {}).get("remarks", []), *counters_told(record["cost"])] for record in found]
+    row.remarks = list(dict.fromkeys(line for lines in said for line in lines))
     row.ema_top1 = _mean([record.get("ema_top1") for record in found])
     row.training_macs = _mean([_sum(record, "macs") for record in found])
     row.device_hours = _mean([_sum(record, "device_hours") for record in found])

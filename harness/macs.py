@@ -1,4 +1,4 @@
-"""Multiply-adds of one image, by part of the network and by block: the form in which formula and trace both answer."""
+"""Multiply-adds of one image, by part of the network and by block: the form in which formula and counters answer."""
 
 from __future__ import annotations
 

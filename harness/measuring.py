@@ -18,10 +18,11 @@ from harness import cost, latency, models, spec, summary, workers
 from harness import device as devices
 from harness.device import allocator
 from harness.device.execution import is_out_of_memory, release
+from harness.executed import executed_macs
 from harness.formula import theoretical_macs
 from harness.latency import Conditions
 from harness.records import MEASURE_REVISION
-from harness.trace import traced
+from harness.words import counters_told
 
 Row = dict[str, Any]
 TIMED = 8  # images at least that a measurement goes through, batch by batch
@@ -153,7 +154,7 @@ def _measure_here(job: Job) -> Iterator[tuple[int, Row]]:
         models.require_countable(dense, job.subject.backbone.name)
         costs = cost.count(method, dense, sparse, deployed, sample[: job.count]).record()
         report = method.report(sparse, sample[: job.count])
-        costs["remarks"], costs["numbers"] = list(report.remarks), summary.numbers(report)
+        costs["remarks"], costs["numbers"] = [*report.remarks, *counters_told(costs)], summary.numbers(report)
         costs["numbers_error"] = summary.numbers_error(report)
     yield -1, costs
     report = method.report(sparse, sample)
@@ -193,7 +194,7 @@ def _speed_up_in_theory(method: methods.Method, dense: nn.Module, sparse: nn.Mod
     """By multiply-adds, means over the very images that are timed; in parts, since a report sees all images at once."""
     size = images.shape[-2:]
     macs = [len(part) * theoretical_macs(dense, method.report(sparse, part), size) for part in images.split(TIMED)]
-    return round(traced(dense, images[:1]).total * len(images) / sum(macs), 4)
+    return round(executed_macs(dense, images[:1]) * len(images) / sum(macs), 4)
 
 
 def _images(job: Job, dense: nn.Module, count: int, seed: int) -> Tensor:

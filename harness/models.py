@@ -16,9 +16,8 @@ from torch import nn
 from harness import cost
 from harness.errors import UserError
 from harness.spec import Backbone
+from harness.words import first_line
 from methods.core.registry import unknown
-
-LONGEST = 200  # characters of another library's message that are shown
 
 
 def build(
@@ -33,7 +32,7 @@ def build(
     try:
         return timm.create_model(backbone.name, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"backbone {backbone.name} with {kwargs}: {_first_line(error)}") from None
+        raise UserError(f"backbone {backbone.name} with {kwargs}: {first_line(error)}") from None
 
 
 def require_vit(model: nn.Module, name: str) -> None:
@@ -47,11 +46,11 @@ def require_countable(model: nn.Module, name: str) -> None:
     require_vit(model, name)
     images = torch.zeros(1, 3, *model.patch_embed.img_size)
     try:
-        agrees, formula, traced = cost.dense_formula_holds(model, images)
+        agrees, formula, run = cost.dense_formula_holds(model, images)
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"backbone {name}: cannot be counted: {_first_line(error)}") from None
+        raise UserError(f"backbone {name}: cannot be counted: {first_line(error)}") from None
     if not agrees:
-        raise UserError(f"backbone {name}: the formula gives {formula:.4g} multiply-adds and the trace {traced:.4g}: it has parts "
+        raise UserError(f"backbone {name}: the formula gives {formula:.4g} multiply-adds and running it {run:.4g}: it has parts "
                         "that the formula does not know")  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Pat
             pretrained = timm.create_model(backbone.name, pretrained=True, **({"img_size": size} | backbone.kwargs))
             model.load_state_dict(pretrained.state_dict())
         except Exception as error:  # the hub's client raises errors of many kinds
-            raise UserError(f"dense.weights: timm's weights for {backbone.name} cannot be loaded ({_first_line(error)}); "
+            raise UserError(f"dense.weights: timm's weights for {backbone.name} cannot be loaded ({first_line(error)}); "
                             "check the network, or give a file") from None  # fmt: skip
     else:
         path = next((p for p in (Path(weights), folder / weights) if p.is_file()), None)
@@ -78,7 +77,7 @@ def load_weights(model: nn.Module, weights: str, backbone: Backbone, folder: Pat
         except UserError:
             raise
         except RuntimeError as error:
-            raise UserError(f"dense.weights {weights}: does not fit {backbone.name}: {_first_line(error, 2)}") from None
+            raise UserError(f"dense.weights {weights}: does not fit {backbone.name}: {first_line(error, 2)}") from None
     return f"{weights if weights == 'timm' else 'file'}:{state_digest(model.state_dict())}"
 
 
@@ -102,7 +101,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content
@@ -115,9 +114,3 @@ def state_digest(state: dict[str, Any]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException, lines: int = 1) -> str:
-    text = [line.strip() for line in str(error).strip().split("\n") if line.strip()]
-    words = " ".join(text[:lines]) or type(error).__name__
-    return words if len(words) <= LONGEST else words[:LONGEST] + " ..."

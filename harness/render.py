@@ -39,7 +39,9 @@ for every seed: compared with dense, the network it was made from, by McNemar's 
 rows) with Tango's interval; the only source of chance is the test images, so it is a claim about this network alone.
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
-*run*: traced on the deployed model: what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says which, and the most that ran counts.
+*run*: counted on the deployed model as it runs, by torch's dispatcher and again by fvcore, which must agree (a line says where
+fvcore cannot): what is masked but not skipped shows no saving here. Where attention was chosen by measuring, a line says
+which, and the most that ran counts.
 Where counts depend on the image, *theory* is the mean over the whole test split and *run* over a few held-out images; ± is
 the standard error over these, shown above 0.5 %. ¶: counted by an earlier rule, both over the few images that a line below names.
 *latency*: median milliseconds per batch of real images; then the speed-up over the best dense network (the faster of

@@ -44,6 +44,7 @@ class Speed:
     )
     kernels: str = ""  # those of the deployed model's attention, and why others could not be tried
     parts: Mapping[str, float] | None = None  # of macs
+    counted_once: bool = False  # macs and parts are the dispatcher's alone
 
     @property
     def images_per_second(self) -> float:
@@ -63,6 +64,7 @@ class Speed:
 
 
 REFUSED = "could not be tried"
+ALONE = ", counted without fvcore"
 
 
 def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
@@ -90,6 +92,7 @@ def speed_of(latencies: list[dict[str, Any]], theoretical: float) -> Speed:
         joules=statistics.median(joules) if joules else None,
         operations=operations if None not in operations else None, macs=statistics.mean(macs) if macs else None,
         kernels=_kernels(deployed), parts=next((row["parts_executed"] for row in deployed if "parts_executed" in row), None),
+        counted_once=any("only_one" in row for row in deployed),
     )  # fmt: skip
 
 
@@ -149,7 +152,7 @@ def chosen_kernels(speeds: Mapping[Timing, Speed], names: Mapping[Timing, str]) 
     """A line that says which attention was chosen where there was a choice besides the dense kernels, or what could not be tried."""
     found = [
         f"{speed.kernels} at {names[timing]}"
-        + (f" ({speed.macs / 1e9:.4f} GMACs run)" if speed.macs is not None else "")
+        + (f" ({speed.macs / 1e9:.4f} GMACs run{ALONE * speed.counted_once})" if speed.macs is not None else "")
         for timing, speed in speeds.items()
         if speed.macs is not None or REFUSED in (speed.kernels or "")
     ]

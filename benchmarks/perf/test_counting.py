@@ -1,4 +1,4 @@
-"""Counting the multiply-adds of DeiT-S, dense and with DynamicViT, by trace and by formula. On the CPU, as it always is."""
+"""Counting the multiply-adds of DeiT-S, dense and with DynamicViT, as it runs and by formula. On the CPU, as it always is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import timm
 import torch
 
 import methods
+from harness.executed import executed, executed_macs
 from harness.formula import theoretical_macs
-from harness.trace import traced_macs
 
 GMACS = {"dense": 4.5989, "dynamicvit": 2.9809}
 
@@ -24,12 +24,21 @@ def image() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", GMACS)
-@pytest.mark.benchmark(group="count by trace")
-def test_trace(benchmark, deit, image, name):
-    """harness.trace.traced_macs on the deployed model."""
+@pytest.mark.benchmark(group="count by running")
+def test_dispatcher(benchmark, deit, image, name):
+    """harness.executed.executed_macs on the deployed model."""
     method = methods.create(name)
-    macs = benchmark(traced_macs, method.deploy(method.sparsify(deit)), image)
+    macs = benchmark(executed_macs, method.deploy(method.sparsify(deit)), image)
     assert round(macs / 1e9, 4) == GMACS[name]
+
+
+@pytest.mark.parametrize("name", GMACS)
+@pytest.mark.benchmark(group="count by running")
+def test_both_counters(benchmark, deit, image, name):
+    """harness.executed.executed: by the dispatcher, and by fvcore's trace, which must agree."""
+    method = methods.create(name)
+    run = benchmark(executed, method.deploy(method.sparsify(deit)), image)
+    assert (round(run.count.total / 1e9, 4), run.only) == (GMACS[name], "")
 
 
 @pytest.mark.parametrize("name", GMACS)

@@ -192,7 +192,7 @@ def evaluation_reports_the_same(subject: Subject) -> None:
 
 
 def costs_can_be_counted(subject: Subject) -> None:
-    """The trace knows every operation; the deployed model executes no more than dense and overhead together."""
+    """Every operation has a rule, both counters agree; the deployed model executes no more than dense and overhead together."""
     costs = cost.count(subject.method, subject.vit, subject.trained, subject.deployed, subject.images)
     report = subject.method.report(subject.trained, subject.images)
     extra = sum(float(overhead.macs.double().mean()) for overhead in report.overhead)

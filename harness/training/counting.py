@@ -1,4 +1,4 @@
-"""Multiply-adds that training executes, counted by torch as it runs: methods differ in what their training costs."""
+"""Multiply-adds that training executes, counted as it runs: methods differ in what their training costs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from harness.data.dataset import Batch
 from harness.device import Plan
+from harness.dispatched import Products
 from methods.core.noise import Noise
 from methods.core.pooled import value_of
 
@@ -20,7 +20,7 @@ def training_macs(objective: torch.nn.Module, batch: Batch, plan: Plan, most: in
     """Of a step per image: forward and backward, with the teacher, by a few images (`most` at most) that leave nothing behind."""
     part, macs = batch.split(min(COUNTED_IMAGES, most or COUNTED_IMAGES))[0], []
     buffers = [buffer.clone() for buffer in objective.buffers()]  # of batch norms, say
-    with counted(macs):
+    with counted(objective, macs):
         with plan.autocast():
             terms = objective(part.images, part.targets, Noise(0, 0, part.keys))
         sum(map(value_of, terms.values())).backward()
@@ -32,12 +32,11 @@ def training_macs(objective: torch.nn.Module, batch: Batch, plan: Plan, most: in
 
 
 @contextlib.contextmanager
-def counted(macs: list[float] | None) -> Iterator[None]:
-    """Appends to `macs` what is executed inside; None: does nothing. torch counts a multiply-add as two operations, and compiled
-    code hides its operations, so it does not run here."""
+def counted(model: torch.nn.Module, macs: list[float] | None) -> Iterator[None]:
+    """Appends to `macs` what is executed inside, of `model`, which errors name; None: does nothing."""
     if macs is None:
         yield
         return
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with Products(model) as products:
         yield
-    macs.append(counter.get_total_flops() / 2)
+    macs.append(products.total)

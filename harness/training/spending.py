@@ -107,7 +107,7 @@ class CollectRun:
         def call(part: Batch) -> list[float] | None:
             gathered.save()
             macs = [] if self.log.macs is None else None
-            with counted(macs), self.training.plan.autocast():
+            with counted(module, macs), self.training.plan.autocast():
                 module(part.images, part.targets)
             return macs
 

@@ -20,17 +20,28 @@ from methods.core import native
 
 Macs = Callable[..., float]
 RULES: dict[str, Macs] = {}  # by the operator's full name, "namespace::name"
+FREE: set[str] = set()  # the full names of those that have no products
 
 
 def counted(macs: Macs) -> Callable[[Any], Any]:
-    """Decorator above `torch.library.custom_op`: macs gets the operator's arguments, tensors as their shapes, and returns
-    the multiply-adds of the whole call."""
+    """Decorator above `torch.library.custom_op`: macs gets all the operator's arguments in order, tensors as their shapes,
+    and returns the multiply-adds of the whole call. For somebody else's operator: `counted(macs)("namespace::name")`."""
 
     def register(operator: Any) -> Any:
-        RULES[operator._qualname] = macs
+        RULES[_full_name(operator)] = macs
         return operator
 
     return register
+
+
+def free(operator: Any) -> Any:
+    """Decorator like `counted`, for an operator without matrix products and convolutions: it costs nothing."""
+    FREE.add(_full_name(operator))
+    return operator
+
+
+def _full_name(operator: Any) -> str:
+    return operator if isinstance(operator, str) else operator._qualname
 
 
 def _packed_macs(
