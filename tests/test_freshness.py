@@ -476,7 +476,9 @@ def test_code_is_compared_with_a_commit(tmp_path):
     assert "the same results as at HEAD" in done.stdout
     (pair,) = yaml.safe_load(target.read_text())["methods"]["random"][1]
     assert pair["commits"][1].endswith("-dirty")
-    file.write_text(original.replace("keep_rate: ", "keep_rate: ").replace("0.7", "0.6"))
+    changed = original.replace("Noise(self.seed, 0, seen)", "Noise(self.seed, 1, seen)")
+    assert changed != original
+    file.write_text(changed)
     done = compared()
     assert done.returncode == 1
     assert "other results than at HEAD" in done.stdout
