@@ -83,7 +83,7 @@ def compare(
         table = _differences(found, reference or [])
         if len(table):
             row.difference = float(table.mean())
-        if len(table) >= stats.MIN_SEEDS:
+        if len(table) >= stats.MIN_SEEDS and table.shape[1] > 1:
             _fill(row, stats.crossed(table))
             row.p_value = row.p_value if row.standing == "trained" else None
     return [*odd, *_far_above(row, found[0], table)]
@@ -115,7 +115,7 @@ def _correct(record: Record, key: str = "correct") -> np.ndarray:
 def _worse_than_before(found: list[Record]) -> list[str]:
     """A line for a row whose training made it worse, beyond chance."""
     known = [record for record in found if record.get("untrained_correct")]
-    if not known:
+    if not known or known[0]["test_images"] < 2:
         return []
     table = np.array([_correct(one).astype(np.int8) - _correct(one, "untrained_correct") for one in known])
     interval = stats.crossed(table).interval if len(table) >= stats.MIN_SEEDS else stats.of_these_networks(table)
@@ -131,7 +131,7 @@ def _worse_than_before(found: list[Record]) -> list[str]:
 def _far_above(row: Compared, record: Record, table: np.ndarray) -> list[str]:
     """A line for a sparse row that is better than its reference by more than chance allows, and by much."""
     is_sparse = record["cost"]["macs_theoretical"] < (1 - SAME_COST) * record["cost"]["macs_dense"]
-    if not is_sparse or row.difference is None or row.difference <= FAR_ABOVE:
+    if not is_sparse or row.difference is None or row.difference <= FAR_ABOVE or table.shape[1] < 2:
         return []
     if (row.difference_interval or stats.of_these_networks(table))[0] <= 0:
         return []

@@ -45,7 +45,7 @@ class Costs:
         return {
             **{f"macs_{name}": count.total if count is not None else None for name, count in counts.items()},
             "macs_spread": {name: round(count.spread) for name, count in there.items()},
-            "macs_error": {name: round(count.error) for name, count in of_images.items()},
+            "macs_error": {name: round(self._error(count)) for name, count in of_images.items()},
             "macs_images": {name: count.images if count.spread else 1 for name, count in of_images.items()},
             "count_revision": COUNT_REVISION,
             **_same(self.theory_of_run),
@@ -54,6 +54,10 @@ class Costs:
             **counters(self.only),
             "params": self.params, "params_nonzero": self.params_nonzero, "params_theoretical": self.params_theoretical,
         }  # fmt: skip
+
+    def _error(self, count: Count) -> float:
+        """Its standard error. One image tells nothing of others, but theory of a whole split knows how far they differ."""
+        return self.theoretical.spread if count.images == 1 and self.theory_of_run is not None else count.error
 
 
 def _same(count: Count | None) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def cost_rows(
 
     from harness import cost, models
     from harness.counters import compare_counters
-    from harness.operations import check_names
+    from harness.executed import CountersDisagree
+    from harness.operations import UncountedOperation, check_names
     from harness.summary import authors, estimates, numbers, numbers_error
     from methods import Unsupported
 
@@ -61,7 +62,11 @@ def cost_rows(
             continue
         method.calibrate(sparse, noise, KEEP_RATE)
         deployed = method.deploy(sparse)
-        costs = cost.count(method, vit, sparse, deployed, noise, named)
+        try:
+            costs = cost.count(method, vit, sparse, deployed, noise, named)
+        except (UncountedOperation, CountersDisagree) as error:
+            refused.append(f"{label}: {error}")
+            continue
         seen = noise if costs.executed.spread else noise[:1]
         report = method.report(sparse, noise)
         rows[label] = _row(method, backbone, costs) | {

@@ -25,7 +25,7 @@ from harness.records import MEASURE_REVISION
 from harness.words import counters_told
 
 Row = dict[str, Any]
-TIMED = 8  # images at least that a measurement goes through, batch by batch
+TIMED = 8  # images that a measurement goes through at most, in whole batches, where a batch is smaller
 CALIBRATED = 8  # images on which an untrained model is set to keep a share
 
 

@@ -101,10 +101,10 @@ def check_names(also: Iterable[str]) -> frozenset[str]:
 
 
 def name_of(operator: Any) -> str:
-    """An operator's name without its overload: "aten::mm"; those in place have the name of the others, "aten::add"."""
+    """An operator's name without its overload: "aten::mm"; torch's own in place have the name of the others, "aten::add"."""
     schema = getattr(operator, "_schema", None)
     name = getattr(operator, "_qualified_op_name", str(operator)) if schema is None else schema.name
-    return name.removesuffix("_")
+    return name.removesuffix("_") if name.startswith("aten::") else name
 
 
 def is_free(operator: torch._ops.OpOverload) -> bool:

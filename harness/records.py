@@ -194,21 +194,28 @@ def _wrong_accuracy(record: dict[str, Any]) -> str | None:
     """What does not fit together in a train record's accuracies, beginning with the key at fault; None where all
     does."""
     images, shares = record["test_images"], {key: record[key] for key in ("top1", "top5")}
-    shares |= {key: record[key] for key in ("val_top1", "ema_top1") if record.get(key) is not None}
+    shares |= {key: record[key] for key in ("val_top1", "ema_top1", "untrained_top1") if record.get(key) is not None}
     if type(images) is not int or images < 1:
         return f"test_images {images!r} is no number of images"
     wrong = next((key for key, share in shares.items() if type(share) not in (int, float) or not 0 <= share <= 1), None)
     if wrong is not None:
         return f"{wrong} {shares[wrong]!r} is no share from 0 to 1"
+    if shares["top5"] < shares["top1"] - ROUNDED:
+        return f"top5 {shares['top5']} is below top1 {shares['top1']}"
+    pairs = [("top1", "correct")]
+    pairs += [("untrained_top1", "untrained_correct")] if record.get("untrained_correct") is not None else []
+    return next(filter(None, (_mismatch(record, shares, *pair) for pair in pairs)), None)
+
+
+def _mismatch(record: dict[str, Any], shares: dict[str, float], key: str, packed: str) -> str | None:
+    """What is wrong with the images that were right, or with their share."""
     try:
-        correct = bits(record["correct"], images)
+        found = bits(record[packed], record["test_images"]).mean()
     except ValueError as error:
-        return f"correct: {error}"
-    if abs(correct.mean() - shares["top1"]) > ROUNDED:
-        return f"top1 {shares['top1']} is not the share of images in correct, {correct.mean():.6f}"
-    return (
-        f"top5 {shares['top5']} is below top1 {shares['top1']}" if shares["top5"] < shares["top1"] - ROUNDED else None
-    )
+        return f"{packed}: {error}"
+    if key not in shares or abs(found - shares[key]) > ROUNDED:
+        return f"{key} {shares.get(key)} is not the share of images in {packed}, {found:.6f}"
+    return None
 
 
 def load_all(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:

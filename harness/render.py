@@ -35,7 +35,7 @@ recipe. From {MIN_SEEDS} seeds on with a 95 % interval that allows for both sour
 a p-value (Student's t) adjusted by Holm's method for the number of trained rows in the table; `*` marks p < {LEVEL}. With
 fewer seeds the difference is shown, and nothing is claimed (†). *control* (dense itself, what prunes nothing, what the
 spec calls one) and *untrained* rows have an interval and no test. ‡: off the shelf, given weights and no training, the same
-for every seed: compared with dense, the network it was made from, by McNemar's exact test (adjusted for the number of such
+for every seed that was run (of one seed it is a claim about the network that this seed made): compared with dense, the network it was made from, by McNemar's exact test (adjusted for the number of such
 rows) with Tango's interval; the only source of chance is the test images, so it is a claim about this network alone.
 *GMACs*: multiply-adds per image, 10⁹; one multiply-add counts 1 (papers print this as "FLOPs"); matrix products and
 convolutions only. *dense*: the untouched backbone. *theory*: by formula from what the method kept, all overhead included.
@@ -55,7 +55,8 @@ table. A row that realises less than {REALISED_LIMIT} of its theoretical
 speed-up, or executes more than its formula says, has a line that says why.
 *estimated*: what a model of hardware says that nobody measured; a line below says whose. It is never mixed with latency.
 §: made by other code than what is here, of the same revision (the row's accuracy and counts, or this time): a line below names the rows.
-◆: no other row is both at least as accurate and as cheap (GMACs run; by the means, whatever their ±).
+◆: no other row is both at least as accurate and as cheap (GMACs run, where they depend on the image as expected for the whole
+test split: more by what *theory* has more there; by the means, whatever their ±).
 """
 
 

@@ -52,7 +52,7 @@ def crossed(differences: np.ndarray) -> Difference:
     mean, error, freedom = (float(x) for x in crossed_error(table.sum(axis=1), *squares, table.shape[1]))
     half = float(stdtrit(freedom, 0.5 + CONFIDENCE / 2)) * error
     p_value = 2 * float(stdtr(freedom, -abs(mean) / error))
-    return Difference(mean, (mean - half, mean + half), p_value, "crossed", freedom)
+    return Difference(mean, (max(mean - half, -1.0), min(mean + half, 1.0)), p_value, "crossed", freedom)
 
 
 def crossed_error(

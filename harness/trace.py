@@ -81,7 +81,7 @@ def analyse(
             analysis.set_op_handle(**rules)
             analysis.total()
     except Exception as error:  # whatever a model's code, or a rule, raises where sizes are tensors
-        raise NotTraced(first_line(error)) from error
+        raise NotTraced(f"{type(error).__name__}: {first_line(error)}") from error
     return analysis
 
 
@@ -94,6 +94,7 @@ def handlers(also: frozenset[str] = frozenset()) -> dict[str, Callable | None]:
         **{f"aten::_scaled_dot_product_{kind}": attention for kind in (
             "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math",
         )},
+        "aten::linear": _linear_macs,
         "aten::baddbmm": _batched_product_macs,
         "aten::matmul": _product_macs,
         "aten::einsum": _einsum_macs,
@@ -160,6 +161,12 @@ def _product_macs(inputs: list[Any], outputs: list[Any]) -> Counter:
     return Counter({"matmul": math.prod(_shape(outputs[0])) * _shape(inputs[0])[-1]})
 
 
+def _linear_macs(inputs: list[Any], outputs: list[Any]) -> Counter:
+    """A weight [out, in], or [in] for one output."""
+    weight = _shape(inputs[1])
+    return Counter({"linear": math.prod(_shape(inputs[0])) * (weight[0] if len(weight) == 2 else 1)})
+
+
 def _einsum_macs(inputs: list[Any], outputs: list[Any]) -> Counter:
     """Of one tensor, or two: all sizes multiplied, where something is summed over that both have; a size that only one
     of them has, and not the result, is summed over before. fvcore's rule counts half of what has no sum."""
@@ -169,9 +176,12 @@ def _einsum_macs(inputs: list[Any], outputs: list[Any]) -> Counter:
         raise ValueError(f"fvcore has no rule for einsum {left}")
     shapes = [_shape(value) for value in inputs[1].node().inputs()]
     sizes: dict[str, int] = {}
+    own: list[set[str]] = []
     for term, shape in zip(terms, shapes, strict=True):
-        sizes |= dict(zip(term, shape, strict=True))
-    shared = set(terms[0]) & set(terms[-1])
+        longer = {name: size for name, size in zip(term, shape, strict=True) if size > 1}  # a 1 is only repeated
+        own.append(set(longer))
+        sizes |= longer
+    shared = own[0] & own[-1]
     if len(terms) == 1 or not shared - set(result):
         return Counter()
     return Counter({"einsum": math.prod(size for name, size in sizes.items() if name in shared or name in result)})

@@ -9,6 +9,7 @@ x in float32, by anybody. A float32 run rounds its activations, too, at a few pl
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,8 +33,13 @@ def exactly(run: Callable[[nn.Module], dict[str, Tensor]], model: nn.Module) -> 
     """What `run` gives for a float64 copy of `model`, by name, with its spread. `run` must be the rule that is tested, in float64 throughout."""
     values = run(_copied(model))
     assert all(value.dtype == torch.float64 for value in values.values()), "not a float64 run"
+    assert all(bool(value.isfinite().all()) for value in values.values()), (
+        "a float64 run without numbers holds to nothing"
+    )
     moved = [run(_copied(model, seed)) for seed in range(SAMPLES)]
-    return {name: Exact(value, max(distance(other[name], value) for other in moved)) for name, value in values.items()}
+    exact = {name: Exact(value, max(distance(other[name], value) for other in moved)) for name, value in values.items()}
+    assert all(math.isfinite(one.spread) for one in exact.values()), "a run that a rounding breaks holds to nothing"
+    return exact
 
 
 def _copied(model: nn.Module, seed: int | None = None) -> nn.Module:

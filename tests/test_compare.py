@@ -204,3 +204,20 @@ def test_dense_plus_is_doubted_as_well(tmp_path):
     add(tmp_path, "dense+", reference, (0,), 1e9, CONTEXT, copy.deepcopy(TRAINED), "dense", **more)
     (line,) = remarks(tmp_path, "dense+")
     assert line.startswith("training made it worse")
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 2)])
+def test_a_test_split_of_one_image_shows_and_claims_nothing(tmp_path, seeds):
+    one = np.ones(1, dtype=bool)
+    add(tmp_path, "dense+", lambda seed: ~one, seeds, 1e9, method="dense", settings={"continued": True})
+    add(tmp_path, "sparse", lambda seed: one, seeds, untrained_correct=pack(~one), untrained_top1=0.0)
+    row = rows_of(tmp_path)["sparse"]
+    assert (row.difference, row.p_value) == (1.0, None)
+    assert line_of(tmp_path, "sparse") == "+100.00 †"
+
+
+def test_intervals_end_at_a_hundred_points():
+    table = np.ones((3, 50), dtype=np.int8)
+    table[:, 0] = 0
+    low, high = stats.crossed(table).interval
+    assert -1 <= low < 0.98 < high == 1

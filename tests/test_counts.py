@@ -151,3 +151,21 @@ def test_surveys_have_the_error_of_their_random_images(facts, tmp_path):
     assert note.startswith("- varying: ")
     assert note.endswith("; theory and run are means over 8 random images")
     assert surveyshown.frame_lines([table])[1]["macs_theoretical_error"] in (0, pytest.approx(15_118_579, rel=1e-6))
+
+
+def test_rows_of_one_label_are_held_against_their_own_theory(tmp_path):
+    """A spec may keep a label while a setting is changed."""
+    for keep, macs in (("much", 0.8e9), ("little", 0.4e9)):
+        for seed in (0, 1):
+            record = train_record("mine", "m", {"keep": keep}, seed, images(0.8, seed))
+            record["cost"] |= NEW | {"macs_theoretical": macs, "macs_executed": macs}
+            Store(tmp_path, "b").write(record)
+    assert [row.verdict for row in tables(tmp_path)[0].rows] == [None, None]
+
+
+def test_the_cheapest_row_is_so_on_the_whole_split(tmp_path):
+    """The few images that were run happened to take less than the others in one row, and more in the other."""
+    same = {"macs_executed": 0.5e9, "theory_of_run": {"macs": 0.5e9, "parts": {}}}
+    written(tmp_path, "lucky", NEW | same | {"macs_theoretical": 0.6e9})
+    written(tmp_path, "unlucky", NEW | same | {"macs_theoretical": 0.4e9})
+    assert {row.label: row.pareto for row in tables(tmp_path)[0].rows} == {"lucky": False, "unlucky": True}

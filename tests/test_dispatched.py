@@ -255,7 +255,8 @@ def test_custom_operators_run_as_they_ship():
         return torch.compile(lambda x: x * 2, backend=backend)(x)
 
     assert counted(lambda: compiled_inside(torch.ones(3))) == 3
-    assert len(graphs) == 1
+    compiles = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"  # 2.10 compiles nothing while it is counted
+    assert len(graphs) == compiles
 
 
 def test_tensors_made_of_tensors_are_looked_into():
@@ -294,3 +295,14 @@ def test_nothing_with_a_formula_is_free():
         operator = getattr(torch.ops.aten, name).default
         assert has_formula(operator), name
         assert not is_free(operator), name
+
+
+def test_an_operator_whose_name_ends_in_a_line_is_named_in_full():
+    """torch's own are in place then; an author's may be called what it likes."""
+
+    @operators.counted(lambda x: x[0] * 7)
+    @torch.library.custom_op("tests::in_line_", mutates_args=())
+    def in_line_(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    assert executed_macs(inside(lambda x: in_line_(x)), torch.ones(4, 4)) == 7

@@ -92,7 +92,7 @@ def tree(tmp_path):
     for split in ("train", "val"):
         for number, label in enumerate(("cat", "dog")):
             for index in range(2):
-                picture(tmp_path / "tree" / split / label / f"{index}.png", 50 * number + index)
+                picture(tmp_path / "tree" / split / label / f"{index}.png", 100 + 50 * number + index)
     return tmp_path / "tree"
 
 

@@ -287,5 +287,28 @@ def test_floats_that_were_cast_to_bytes_are_refused(tmp_path):
         **{f"{s}_images": images for s in ("train", "test")},
         **{f"{s}_labels": np.arange(4) for s in ("train", "test")},
     )
-    with pytest.raises(UserError, match="has no value above 1; white is 255"):
+    with pytest.raises(UserError, match="the train split: no pixel is above 1 of 255"):
         opened(tmp_path, tmp_path / "x.npz", reader="npz")
+
+
+@pytest.mark.parametrize("brightest", [2, 15, 31])
+def test_a_split_that_is_all_dark_is_refused(tmp_path, brightest):
+    """Class numbers, four bits: nothing in the numbers that come out would tell."""
+    bright = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8)
+    dark = (bright.astype(int) * brightest // 255).astype(np.uint8)
+    np.savez(
+        tmp_path / "x.npz", train_images=bright, test_images=dark, train_labels=np.arange(4), test_labels=np.arange(4)
+    )
+    with pytest.raises(UserError, match=f"the test split: no pixel is above {brightest} of 255"):
+        opened(tmp_path, tmp_path / "x.npz", reader="npz")
+
+
+@pytest.mark.parametrize("crop", ["none", "resized"])
+@pytest.mark.parametrize("colour", [2, 4, 6])
+def test_files_of_sixteen_bits_that_hold_eight_are_refused(tmp_path, colour, crop):
+    """PIL cuts colours of 16 bits to their upper 8, which are 0 here."""
+    channels = {2: 3, 4: 2, 6: 4}[colour]
+    root = grey_tree(tmp_path / "tree", png(np.arange(24 * 24 * channels).reshape(24, 24, channels) % 256, colour))
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump({"name": "card", "image_size": 24}))
+    with pytest.raises(UserError, match=r"it has 16 bits per colour, .* nothing is left of it"):
+        open_data(Data(card=str(tmp_path / "card.yaml"), workers=0), ROOT, str(root), crop)

@@ -115,6 +115,22 @@ def test_whole_floats_are_labels(tmp_path):
     assert open_data(card(tmp_path, reader="npz"), ROOT, str(tmp_path / "x.npz")).train.labels.tolist() == [0, 1, 3, 2]
 
 
+@pytest.mark.parametrize(
+    ("labels", "gap", "classes"), [([0, 1, 255, 0], 2, 256), ([1, 2, 3, 2], 0, 4), ([0, 2000000, 1, 1], 2, 2000001)]
+)
+def test_classes_without_images_must_be_meant(tmp_path, labels, gap, classes):
+    """255 for "no class", counting from 1: a class would be added that no image has."""
+    images = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8)
+    np.savez(
+        tmp_path / "x.npz",
+        **{f"{s}_images": images for s in ("train", "test")},
+        **{f"{s}_labels": np.array(labels) for s in ("train", "test")},
+    )
+    with pytest.raises(UserError, match=rf"no image has label {gap}; .* or say classes: {classes} in the card"):
+        open_data(card(tmp_path, reader="npz"), ROOT, str(tmp_path / "x.npz"))
+    assert open_data(card(tmp_path, reader="npz", classes=classes), ROOT, str(tmp_path / "x.npz")).classes == classes
+
+
 SHARDS = {
     "a fraction": ("cls", b"1.5", "1.5"),
     "a boolean": ("cls", b"true", "True"),

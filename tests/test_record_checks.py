@@ -46,6 +46,16 @@ WRONG = {
     "top-5 above 1": ({"top5": 1.01}, "top5 1.01 is no share"),
     "validation in per cent": ({"val_top1": 66.7}, "val_top1 66.7 is no share"),
     "averaged weights' is not a number": ({"ema_top1": float("inf")}, "ema_top1 inf is no share"),
+    "untrained in per cent": ({"untrained_top1": 66.7}, "untrained_top1 66.7 is no share"),
+    "untrained without a share": (
+        {"untrained_correct": pack(CORRECT)},
+        "untrained_top1 None is not the share of images in untrained_correct, 0.666667",
+    ),
+    "untrained of another mean": (
+        {"untrained_correct": pack(CORRECT), "untrained_top1": 0.5},
+        "untrained_top1 0.5 is not the share",
+    ),
+    "untrained of no base64": ({"untrained_correct": "!!!", "untrained_top1": 0.5}, "untrained_correct: "),
     "more images": ({"test_images": 29}, "correct: has 3 bytes, but 29 images are 4"),
     "fewer images": ({"test_images": 8}, "correct: has 3 bytes, but 8 images are 1"),
     "one image fewer": ({"test_images": 19}, "correct: has bits for more than 19 images"),

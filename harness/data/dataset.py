@@ -27,6 +27,7 @@ from harness.data.sources import (
     count_classes,
     evaluation_transform,
     open_split,
+    require_bright,
 )
 from harness.errors import UserError
 from harness.hidden import left_out
@@ -239,6 +240,8 @@ def open_data(data: Data, spec_folder: Path, data_root: str | None = None, crop:
     train = open_split(card, root, "train", size, workers, as_files=crop == "resized")
     test = open_split(card, root, "test", size, workers)
     classes = count_classes(card, train.labels, test.labels, names)
+    for which, split in (("train", train), ("test", test)):
+        require_bright(card, split, which)
     checksum = checksum or check_sum_of({"train": train, "test": test})
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     held_out = int(len(order) * card.val_fraction)

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from harness.data.rgb import CUT, is_cut
 from harness.hidden import hidden_part
 
 
@@ -17,6 +18,8 @@ def open_picture(path: str | Path) -> Image.Image:
     """The picture in a file as it is, decoded; torchvision's own loader would convert it to RGB."""
     with open(path, "rb") as file:
         picture = Image.open(file)
+        if is_cut(picture):
+            picture.info[CUT] = True
         picture.load()
     return picture
 

@@ -8,6 +8,7 @@ from PIL import Image
 DEEP = 65535  # the largest value of 16 bits
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 SIXTEEN_IN_32 = ("PNG", "PPM")  # formats of at most 16 bits, whose pixels PIL hands over in mode I
+CUT = "cut from 16 bits"  # a note in a picture's info
 STEPS = {"La": ("LA", "RGB")}  # modes from which PIL has no direct way
 
 
@@ -23,6 +24,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     UnknownRange for floats and for 32-bit integers, whose white could be any number. ValueError where a picture that
     had more than one value has one colour afterwards: what it shows was lost on the way.
     """
+    if is_cut(picture) and _is_black(picture):
+        raise ValueError(
+            "it has 16 bits per colour, of which 8 bits keep the upper half, and nothing is left of it: stretch its "
+            "values to the whole range first"
+        )
     if picture.mode in ("RGB", "L"):
         return picture.convert("RGB")
     found = _deep_to_rgb(picture) if _is_deep(picture) else _shallow_to_rgb(picture)
@@ -32,6 +38,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
             f"{_advice(picture)}"
         )
     return found
+
+
+def is_cut(picture: Image.Image) -> bool:
+    """Whether the file has 16 bits per colour, which PIL cuts to their upper 8 where it decodes it. Known until then, and
+    of pictures from `harness.data.folders.open_picture` afterwards, too."""
+    return CUT in picture.info or any(";16" in str(tile.args) for tile in getattr(picture, "tile", ()))
+
+
+def _is_black(picture: Image.Image) -> bool:
+    colours = picture.convert("RGB")
+    return not any(colours.getextrema()[band][1] for band in range(3))
 
 
 def _is_deep(picture: Image.Image) -> bool:

@@ -26,6 +26,8 @@ from harness.data.rgb import to_rgb
 from harness.data.shards import Shards, open_shards
 from harness.errors import UserError
 
+DARK = 32  # a split without a brighter pixel, of 255, is not in 8 bits
+LOOKED_AT = 64  # images of a split that is decoded as it is read, to tell whether it is that dark
 MEMORY_LIMIT = 2 * 2**30  # bytes of uint8 pixels per split that are kept in memory
 _FOLDER_NAMES = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid", "eval")}
 _AS_THEY_ARE = {
@@ -113,6 +115,8 @@ def class_names(card: Card, root: Path | None) -> list[str] | None:
 def count_classes(card: Card, train: Tensor, test: Tensor, names: list[str] | None) -> int:
     """The number of classes. UserError where the card says another one than the data."""
     found = len(names) if names else int(train.max()) + 1
+    if not names and card.classes is None:
+        _require_no_gap(card, train)
     if card.classes is not None and card.classes != found:
         raise UserError(f"data card {card.name}: says {card.classes} classes, but the training images have {found}")
     for which, labels in (("training", train), ("test", test)):
@@ -122,6 +126,42 @@ def count_classes(card: Card, train: Tensor, test: Tensor, names: list[str] | No
                 f"data card {card.name}: labels must be 0 to {found - 1}; the {which} split has {low} to {high}"
             )
     return found
+
+
+def _require_no_gap(card: Card, labels: Tensor) -> None:
+    """A number for "no class" (255), or counting from 1, would make classes that no image has."""
+    seen = labels.unique()
+    if len(seen) <= int(seen[-1]):
+        gap = next(number for number, label in enumerate(seen.tolist()) if number != label)
+        raise UserError(
+            f"data card {card.name}: the training labels go up to {int(seen[-1])}, but no image has label {gap}; number the "
+            f"classes from 0 without gaps, or say classes: {int(seen[-1]) + 1} in the card"
+        )
+
+
+def require_bright(card: Card, split: Split, which: str) -> None:
+    """UserError where a split has no pixel brighter than DARK: then its numbers have another range than 8 bits. Black
+    images (of 0 alone) are taken for what they are."""
+    if isinstance(split, Arrays):
+        brightest = int(split.images.max())
+    else:
+        readable = Readable(split.dataset, torch.arange(len(split.labels)))
+        brightest = max(
+            (_brightest(readable, index) for index in range(min(LOOKED_AT, len(split.labels)))), default=255
+        )
+    if 0 < brightest < DARK:
+        raise UserError(
+            f"data card {card.name}: the {which} split: no pixel is above {brightest} of 255 once in 8 bits; stretch the "
+            "images to the whole range first"
+        )
+
+
+def _brightest(readable: Readable, index: int) -> int:
+    """Of an image; what cannot be read is told when it is needed."""
+    try:
+        return int(np.asarray(readable.read(index)[0]).max())
+    except UserError:
+        return 255
 
 
 def check_sum_of(splits: dict[str, Split]) -> str:
@@ -152,8 +192,6 @@ def _open_npz(card: Card, root: Path, which: str, image_size: int) -> Arrays:
             f"{root}: {split}_images must be uint8 [N, H, W] or [N, H, W, 3], at least one, with as many labels, not "
             f"{images.dtype} {list(images.shape)} with {list(labels.shape)} labels; scale other numbers to 0 to 255 first"
         )
-    if images.max() == 1:
-        raise UserError(f"{root}: {split}_images has no value above 1; white is 255, so scale the images to 0 to 255")
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(np.ascontiguousarray(images))
     if tensor.shape[-2:] != (image_size, image_size):

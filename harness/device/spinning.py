@@ -43,7 +43,7 @@ class SpinLimit:
         )
         self.interval, self.used = interval, used or (lambda: core_seconds(self.cores))
         self.seconds = self.crowded_seconds = 0.0
-        self.is_crowded = False
+        self.is_crowded, self.unwatched = False, ""  # the latter: why nothing is watched
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
         self._idle = IdleThreads(len(self.cores))
@@ -55,7 +55,10 @@ class SpinLimit:
 
     def __enter__(self) -> SpinLimit:
         self.seconds = self.crowded_seconds = 0.0
-        if not self.decided and torch.get_num_threads() > 1 and self.used() is not None:
+        self.unwatched = (
+            "one thread" if torch.get_num_threads() < 2 else "" if self.used() else "the system does not say"
+        )
+        if not self.decided and not self.unwatched:
             self._ended.clear()
             self._watcher = threading.Thread(target=self._watch, name="spin-limit", daemon=True)
             self._watcher.start()
@@ -71,6 +74,8 @@ class SpinLimit:
         """For a record: by what rule threads waited, and for which share of the time others used the cores."""
         if self.decided:
             return {"rule": "as set", **self.decided}
+        if self.unwatched:
+            return {"rule": f"not watched: {self.unwatched}"}
         share = self.crowded_seconds / self.seconds if self.seconds else 0.0
         return {"rule": "short spins while others use the cores", "crowded_share": round(share, 4)}
 
