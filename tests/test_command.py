@@ -42,6 +42,8 @@ def test_a_run_trains_measures_and_ranks(finished):
     assert train["dense+"]["untrained_correct"] == train["dense"]["correct"]  # where its training starts
     assert (train["dense"]["untrained_top1"], sparse["untrained_top1"] is None) == (None, False)
     for record in found:
+        if record["kind"] == "train":
+            assert record["where"]["waiting"]["rule"]
         assert record["where"]["packages"]["torch"]
         assert str(ROOT) not in json.dumps({key: value for key, value in record.items() if key != "context"})
 

@@ -3,13 +3,16 @@
 import io
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from test_leaderboard import images, train_record
 
 from harness import counts, surveyshown
+from harness.cost import Costs
 from harness.leaderboard import tables
+from harness.macs import Count
 from harness.records import COUNT_REVISION, MEASURE_REVISION, Store, identify
 from harness.render import frame, markdown, show
 from harness.surveyboard import surveys
@@ -169,3 +172,14 @@ def test_the_cheapest_row_is_so_on_the_whole_split(tmp_path):
     written(tmp_path, "lucky", NEW | same | {"macs_theoretical": 0.6e9})
     written(tmp_path, "unlucky", NEW | same | {"macs_theoretical": 0.4e9})
     assert {row.label: row.pareto for row in tables(tmp_path)[0].rows} == {"lucky": False, "unlucky": True}
+
+
+def test_one_image_that_was_run_has_the_error_of_one():
+    """It tells nothing of others, but theory of the whole split does."""
+    split = Count(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64) * 1e6, {}, [])
+    one = Count(split.each[:1], {}, [])
+    costs = Costs(one, split, one, 1, 1, 1, theory_of_run=one).record()
+    assert costs["macs_error"]["executed"] == round(split.spread) > 1e6
+    assert costs["macs_error"]["theoretical"] == round(split.spread / 3**0.5)
+    fixed = Costs(one, one, one, 1, 1, 1).record()
+    assert fixed["macs_error"] == {"theoretical": 0, "executed": 0}

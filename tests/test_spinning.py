@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bench
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,11 +104,9 @@ def test_a_busy_process_is_seen(two_threads):
     assert others_cores(before, after) > MARGIN
 
 
-def test_a_record_says_how_threads_waited(tiny_spec_file, tmp_path):
-    environment = {"GOMP_SPINCOUNT": "7"}
-    done = bench("--spec", tiny_spec_file, "--methods", "dense", "--results", tmp_path, **environment)
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("tiny/*.json")]
-    waited = [record["where"]["waiting"] for record in records if record["kind"] == "train"]
-    assert waited
-    assert all(one == {"rule": "as set", "GOMP_SPINCOUNT": "7"} for one in waited)
+def test_what_is_not_watched_is_recorded_as_such(two_threads):
+    with SpinLimit(used=lambda: None) as limit:
+        assert limit.facts() == {"rule": "not watched: the system does not say"}
+    torch.set_num_threads(1)
+    with SpinLimit() as limit:
+        assert limit.facts() == {"rule": "not watched: one thread"}
