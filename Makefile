@@ -10,8 +10,10 @@ READY := $(VENV)/.ready
 bench: $(READY)
 	$(BIN)/python bench.py $(ARGS)
 
+# A process per core with one thread each, since most tests start processes or import; where they use more threads, these must not spin for a core that
+# the other process has. A file stays together: its tests share what is expensive to make.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # What takes minutes each: trainings killed twenty times, by events and by the clock.
 test-long: $(READY)
