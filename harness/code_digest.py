@@ -48,7 +48,14 @@ def code_files(*entries: Path) -> list[Path]:
         if path not in found:
             found.add(path)
             waiting += _imported_files(path)
+            waiting += _packages_of(path)
     return sorted(found)
+
+
+def _packages_of(path: Path) -> list[Path]:
+    """The `__init__.py` of the packages that a file lies in: importing it runs them."""
+    root = _root(path)
+    return [folder / "__init__.py" for folder in path.parents if folder.is_relative_to(root) and folder != root]
 
 
 def _root(path: Path) -> Path:
@@ -102,9 +109,9 @@ def _search(top: str, importer: Path) -> list[Path]:
     root, folders = _root(importer), []
     if root != importer.parent and top == importer.relative_to(root).parts[0]:
         folders.append(root)
-    is_shared = importer.is_relative_to(PACKAGE) or importer.parent.name in INSTALLED
-    if not is_shared and top not in sys.stdlib_module_names:
-        folders.append(importer.parent)
+    if not importer.is_relative_to(PACKAGE) and top not in sys.stdlib_module_names:
+        own = [importer.parent, root, *map(Path, sys.path)]  # a plug-in has put there what it needs, and is loaded
+        folders += [f.resolve() for f in own if f.name not in INSTALLED and f.resolve() != ROOT]
     return folders
 
 
