@@ -40,7 +40,7 @@ Plugins = Annotated[
 Stale = Annotated[
     str,
     typer.Option(
-        metavar="keep|redo", help="What other code has made: keep it and mark it, or make it again. Of old records nobody knows."
+        metavar="keep|redo", help="What other code has made: keep it and mark it, or make it again. Records without a digest are left alone."
     ),
 ]  # fmt: skip
 Results = Annotated[
@@ -232,6 +232,7 @@ def latency(
     plugin: Plugins = None,
 ) -> None:
     """Latency of methods on a backbone, without training."""
+    from harness.cells import take_digests
     from harness.spec import find_spec
     from harness.survey import Survey, TimeBudget, change, load_survey, only_backbone, plan, seconds_of
 
@@ -240,6 +241,7 @@ def latency(
     path = find_spec(spec) if spec else None
     survey = load_survey(path) if path else Survey(cases=[{"batch_sizes": [1, 8]}], seconds=2.0)
     entries, kwargs = _entries(methods, set_, plugin, backbone_keys=path is None, given=survey.entries)
+    take_digests(entries)
     if path and backbone:
         survey = only_backbone(survey, backbone)
     conditions = {
@@ -284,26 +286,29 @@ def check(
         bool,
         typer.Option(
             "--same-results",
-            help="Instead: train a few steps with the code of a commit and with that of the working tree; where all is equal to the bit, "
-            "methods/same_results.yaml says so from then on, and records of the one count as made by the other.",
+            help="Instead: train a few steps with the code of a commit and with that of the working tree, with the defaults and the settings "
+            "of all records of the method in results/, or only those of --set; where all is equal to the bit, methods/same_results.yaml says so "
+            "from then on, and results of the one with these settings count as the other's.",
         ),
     ] = False,
     against: Annotated[
         str | None, typer.Option(metavar="COMMIT", help="What --same-results compares with.", show_default="HEAD")
     ] = None,
-    fingerprint: Annotated[bool, typer.Option("--fingerprint", hidden=True)] = False,
+    fingerprint_of: Annotated[str | None, typer.Option("--fingerprint-of", hidden=True)] = None,
 ) -> None:
     """Runs the conformance suite: does a method keep the contract?"""
     if against is not None and not same_results:
         raise typer.BadParameter("goes with --same-results", param_hint="--against")
+    if fingerprint_of is not None:
+        raise typer.Exit(_fingerprint(method, fingerprint_of))
     entries, _ = _entries(method, set_, plugin)
     from harness.cells import expand
 
     rows = [row for entry in entries for row in expand(entry)]
-    if same_results or fingerprint:
+    if same_results:
         if len(entries) != 1:
             raise typer.BadParameter("name one method", param_hint="METHOD")
-        raise typer.Exit(_compare(method, set_ or [], against or "HEAD") if same_results else _fingerprint(rows))
+        raise typer.Exit(_compare(rows, against or "HEAD", with_records=not set_))
     from harness.conformance import check_method, show_findings
 
     passed = True
@@ -312,22 +317,32 @@ def check(
     raise typer.Exit(0 if passed else 1)
 
 
-def _compare(method: str, sets: list[str], against: str) -> int:
-    """Whether the working tree gives what a commit gave: 0, or 1 if not."""
-    from harness.code_comparison import compare_code
+def _compare(rows: list[tuple[str, Method]], against: str, with_records: bool) -> int:
+    """Whether the working tree gives what a commit gave, with these settings of a method and those of its records: 0, or 1 if not."""
+    from harness.code_comparison import compare_code, with_recorded
 
-    same, line = compare_code(method, sets, against)
+    name, left = rows[0][1].name, 0
+    settings = {label: method.settings.model_dump(mode="json") for label, method in rows}
+    if with_records:
+        settings, left = with_recorded(name, settings, ROOT / "results")
+    if left:
+        typer.echo(f"{left} more settings in results/ are not compared; name them with --set")
+    same, line = compare_code(name, settings, against)
     typer.echo(line)
     return 0 if same else 1
 
 
-def _fingerprint(rows: list[tuple[str, Method]]) -> int:
-    """What the code gives, in one line of JSON: --same-results asks for it in each of its two trees."""
+def _fingerprint(method: str, settings: str) -> int:
+    """What the code gives with these settings (JSON, by label), in one line: --same-results asks for it in each of its two trees."""
     import json
 
+    from harness.errors import UserError
     from harness.fingerprint import fingerprint
 
-    typer.echo(json.dumps(fingerprint(rows)))
+    try:
+        typer.echo(json.dumps(fingerprint(method, json.loads(settings))))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ import pydantic
 import yaml
 
 import methods
+from harness import freshness
 from harness.errors import UserError
 from harness.spec import Entry, Spec, is_survey
 from harness.yamlfile import fields_at, read, validate
-from methods.core.registry import unknown
+from methods.core.registry import is_builtin, unknown
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,17 @@ def load_run(
         else:
             entries = set_setting(entries, head, rest, value, list(Spec.model_fields))
     spec = validate(Spec, values, "--set" if list(overrides) else str(path))
+    take_digests(entries)
     return Run(path.stem, spec, path.parent, tuple(entries))
+
+
+def take_digests(entries: Iterable[Entry]) -> None:
+    """A run is of the code that it begins with: digests are taken now, before data is read, and kept however files change."""
+    for name in dict.fromkeys(entry.method for entry in (*baseline_entries(), *entries)):
+        with contextlib.suppress(ValueError):  # a method that cannot be loaded is told when it is made
+            if not is_builtin(name):
+                methods.find(name)
+            freshness.code_digest(name), freshness.plugin_part(name)
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -110,8 +110,10 @@ def _search(top: str, importer: Path) -> list[Path]:
     if root != importer.parent and top == importer.relative_to(root).parts[0]:
         folders.append(root)
     if not importer.is_relative_to(PACKAGE) and top not in sys.stdlib_module_names:
-        own = [importer.parent, root, *map(Path, sys.path)]  # a plug-in has put there what it needs, and is loaded
-        folders += [f.resolve() for f in own if f.name not in INSTALLED and f.resolve() != ROOT]
+        added = [
+            folder for folder in map(Path.resolve, map(Path, sys.path)) if folder != ROOT
+        ]  # by a plug-in, or for it
+        folders += [folder for folder in (importer.parent, root, *added) if folder.name not in INSTALLED]
     return folders
 
 

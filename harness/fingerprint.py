@@ -7,18 +7,19 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import methods
 from harness import cost
 from harness.freshness import code_digest
 from harness.rules import BACKBONES, Subject
 from harness.training.setup import PhaseLog
-from methods import Method, Unsupported
+from methods import Unsupported
 
 KEEP_RATE = 0.7  # that untrained models are set to keep
 # Of a phase's log: what is not a time. Of counts: what will not grow when more is said about them.
@@ -28,13 +29,14 @@ COUNTED = (
 )  # fmt: skip
 
 
-def fingerprint(rows: Iterable[tuple[str, Method]]) -> dict[str, Any]:
-    """Plain values that are equal exactly where results are. On one thread: sums must not depend on who is fast."""
+def fingerprint(name: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Plain values that are equal exactly where a method's results are; settings: by label. On one thread: sums must not depend on
+    who is fast. ValueError for settings that the method does not take."""
     torch.set_num_threads(1)
-    rows = list(rows)
+    rows = [(label, methods.create(name, **chosen)) for label, chosen in settings.items()]
     packages = {name: importlib.metadata.version(name) for name in ("torch", "timm")}
     return {
-        "revision": rows[0][1].revision, "digest": code_digest(rows[0][1].name),
+        "revision": methods.find(name).revision, "digest": code_digest(name),
         "versions": packages | {"python": platform.python_version()},
         "rows": {
             label: {

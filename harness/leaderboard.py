@@ -220,8 +220,8 @@ def _timing_code(found: list[Record], measures: list[Record]) -> dict[Timing, st
     trained, states = {record["weights_id"]: record for record in found}, defaultdict(list)
     for record in measures:
         if (train := trained.get(record["weights_id"])) is not None:
-            state = freshness.measure_state(record, train["method"], train["revision"], train.get("code", {}))
-            states[Timing(record["dtype"], record["batch"], record["mode"])].append(state)
+            timing = Timing(record["dtype"], record["batch"], record["mode"])
+            states[timing].append(freshness.measure_state(record, train))
     return {timing: freshness.worst(found) for timing, found in states.items()}
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import methods
-from harness import cost, latency, models, spec, summary, workers
+from harness import cost, freshness, latency, models, spec, summary, workers
 from harness import device as devices
 from harness.device import allocator
 from harness.device.execution import is_out_of_memory, release
+from harness.errors import UserError
 from harness.executed import executed_macs
 from harness.formula import theoretical_macs
 from harness.latency import Conditions
@@ -34,7 +35,8 @@ class Subject:
     """What it takes to build a method's models again elsewhere: the dense network once, and from it the method's.
 
     weights: a checkpoint of the form that trains; None: random weights, and where costs depend on the image, a model that
-    the method has set to keep about `keep_rate` of it. plugins: files with further methods.
+    the method has set to keep about `keep_rate` of it. plugins: files with further methods. code: the digest that the method's code
+    had when the run began; None: it is not asked for.
     """
 
     backbone: spec.Backbone
@@ -46,16 +48,20 @@ class Subject:
     weights: Path | None = None
     keep_rate: float = 0.7
     plugins: tuple[str, ...] = ()
+    code: str | None = None
 
     def dense(self) -> nn.Module:
         """The dense network."""
         return models.build(self.backbone, self.classes, self.image_size, self.seed).eval()
 
     def sparsify(self, dense: nn.Module, images: Tensor) -> tuple[methods.Method, nn.Module]:
-        """The method, and the form that trains; `images` [B, 3, H, W] are what untrained models are set on."""
+        """The method, and the form that trains; `images` [B, 3, H, W] are what untrained models are set on. UserError
+        where the method's code is not the run's."""
         for path in self.plugins:
             methods.load_plugin(path)
         method = methods.create(self.method, **self.settings)
+        if self.code not in (None, freshness.code_digest(self.method)):  # each process reads the files again
+            raise UserError(f"{self.method}'s code changed while this ran; start it again")
         torch.manual_seed(self.seed + 1)
         sparse = method.sparsify(dense)
         if self.weights is not None:

@@ -66,8 +66,6 @@ class Runner:
         self.cluster.share(self.store.prepare)
         self._check_what_all_need()
         cells, failed = self.run.cells(), 0
-        for cell in cells:  # a run is of the code that it began with
-            freshness.code_digest(cell.method.name)
         with self.scratch:
             for number, cell in enumerate(cells, 1):
                 name = f"[{number}/{len(cells)}] {cell.label}, seed {cell.seed}"
@@ -266,7 +264,7 @@ class Runner:
         """Whether a measure record says what is asked. One that other code has made does not where such are made again."""
         if not measuring.answers(found, asked):
             return False
-        state = freshness.measure_state(found, cell.method.name, cell.method.revision, record.get("code", {}))
+        state = freshness.measure_state(found, record)
         if state == freshness.OTHER and self.redo:
             return False
         self._note(cell, state)
@@ -280,7 +278,7 @@ class Runner:
     def _subject(self, cell: Cell, weights_id: str) -> measuring.Subject:
         return measuring.Subject(
             self.spec.backbone, self.data.classes, self.data.image_size, cell.seed, cell.method.name, cell.settings,
-            self.store.checkpoint(weights_id), plugins=loaded_plugins(),
+            self.store.checkpoint(weights_id), plugins=loaded_plugins(), code=freshness.code_digest(cell.method.name),
         )  # fmt: skip
 
     def _measured_images(self) -> Path:

@@ -137,7 +137,7 @@ def _line(record: Record, limits: dict[str, Record]) -> Line:
     speed = speed_of([record["latency"]], macs[0] / macs[1])
     line = Line(_name(record), (*macs[:2], executed(macs[2], [speed])), timing, speed, method=facts["method"])
     line.errors = tuple(counts.errors(facts)[name] for name in counts.OF_IMAGES)
-    line.code = freshness.measure_state(record, facts["method"], facts["revision"])
+    line.code = freshness.survey_state(record)
     limit = limits.get(timing.dtype)
     if limit and not line.speed.unavailable:
         seconds = line.speed.mean_milliseconds / 1e3

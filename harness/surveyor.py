@@ -8,6 +8,7 @@ import torch
 
 from harness import device as devices
 from harness import freshness, measuring, models, roofline, workers
+from harness.errors import UserError
 from harness.latency import Conditions
 from harness.progress import Reporter
 from harness.records import Store, identify, provenance
@@ -44,8 +45,6 @@ class Surveyor:
         workers.start_server()
         if with_roofline:
             self._roofline()
-        for _, method in self.plan.rows:  # a survey is of the code that it began with
-            freshness.code_digest(method.name)
         failed = 0
         jobs = [(case, label, method) for case in self.survey.cases for label, method in self.plan.rows]
         for number, (case, label, method) in enumerate(jobs, 1):
@@ -54,7 +53,8 @@ class Surveyor:
                 failed += not self._do(case, label, method, name)
             except Exception as error:  # one row must not stop the others
                 reason = "unsupported" if isinstance(error, Unsupported) else type(error).__name__
-                self.reporter.done(f"{name}: FAILED ({reason}: {' '.join(str(error).split())[:300]})")
+                told = "" if isinstance(error, UserError) else f"{reason}: "
+                self.reporter.done(f"{name}: FAILED ({told}{' '.join(str(error).split())[:300]})")
                 failed += 1
         if self.stale:
             self.reporter.say(freshness.closing(self.stale))
@@ -66,7 +66,7 @@ class Surveyor:
         keys = [measuring.key(identify(subject), self.device, conditions) for conditions in wanted]
         missing = [
             i for i, key in enumerate(keys)
-            if self.remeasure or not self._answers(method, self.store.read(identify(key)), wanted[i], name)
+            if self.remeasure or not self._answers(self.store.read(identify(key)), wanted[i], name)
         ]  # fmt: skip
         if not missing:
             self.reporter.done(f"{name}: present{', made by other code' if name in self.stale else ''}")
@@ -79,7 +79,7 @@ class Surveyor:
         job = measuring.Job(
             measuring.Subject(
                 case.backbone, None, case.image_size, SEED, method.name, subject["settings"], keep_rate=self.survey.keep_rate,
-                plugins=loaded_plugins(),
+                plugins=loaded_plugins(), code=freshness.code_digest(method.name),
             ),
             tuple(wanted[i] for i in missing), str(self.device), count=self.survey.images, threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -99,11 +99,11 @@ class Surveyor:
         self.reporter.done(f"{name}: {'; '.join(done)}")
         return True
 
-    def _answers(self, method: Method, found: dict[str, Any] | None, asked: Conditions, name: str) -> bool:
+    def _answers(self, found: dict[str, Any] | None, asked: Conditions, name: str) -> bool:
         """Whether a record says what is asked. One that other code has made does not where such are made again."""
         if not measuring.answers(found, asked):
             return False
-        is_other = freshness.measure_state(found, method.name, method.revision) == freshness.OTHER
+        is_other = freshness.survey_state(found) == freshness.OTHER
         if is_other and not self.redo and name not in self.stale:
             self.stale.append(name)
         return not (is_other and self.redo)

@@ -129,8 +129,9 @@ class Trainer:
     def maker(self, cell: Cell, dense: str | None) -> Maker:
         """The code that trains the cell. dense: digest of the code that made the dense network which it begins with."""
         code = {"digest": code_digest(cell.method.name)} | ({"dense": dense} if self.identity.needs_dense(cell) else {})
-        dense_revision = self.identity.dense_cell(cell).method.revision
-        return Maker(cell.method.name, cell.method.revision, code, dense_revision)
+        start = self.identity.dense_cell(cell)
+        method = cell.method
+        return Maker(method.name, method.revision, cell.settings, code, start.method.revision, start.settings)
 
     def _unknown(self, cell: Cell) -> dict[str, str | None]:
         """What checkpoints say that were made before digests were recorded."""

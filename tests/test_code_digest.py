@@ -10,6 +10,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import code_digest
 from harness.code_digest import canonical, code_files, digest_of, own_digest
 from methods.core.registry import available, is_builtin, source_files
 
@@ -111,12 +112,12 @@ def test_layout_and_comments_of_no_file_count(path):
 def changed(node: ast.AST) -> bool:
     """Makes a node mean something else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        node.value = node.value + 1
+        node.value = 0 if node.value else 1  # not a little more: 1e30 + 1 is 1e30
     elif isinstance(node, ast.Name | ast.FunctionDef):
         field = "id" if isinstance(node, ast.Name) else "name"
         setattr(node, field, getattr(node, field) + "_")
     elif isinstance(node, ast.BinOp):
-        node.op = ast.FloorDiv()
+        node.op = ast.Mod() if isinstance(node.op, ast.FloorDiv) else ast.FloorDiv()
     elif isinstance(node, ast.Return):
         node.value = ast.Tuple([node.value or ast.Constant(None)], ast.Load())
     else:
@@ -136,10 +137,9 @@ def test_any_change_of_any_file_counts(path, number):
         for child in ast.walk(node)
     }
     nodes = [node for node in nodes if id(node) not in hidden and not isinstance(node, ast.Expr)]
-    for node in nodes[number % len(nodes) :]:
-        if changed(node):
-            assert canonical(tree) != before
-            return
+    start = number % len(nodes)
+    is_changed = any(changed(node) for node in nodes[start:] + nodes[:start])  # the first that can be
+    assert (canonical(tree) != before) == is_changed
 
 
 # Which files count.
@@ -186,6 +186,37 @@ def test_of_a_method_that_is_a_package_every_file_counts(tmp_path):
     entry = plugin(tmp_path).parent / "parts" / "__init__.py"
     assert tmp_path / "parts" / "unused.py" in code_files(entry)
     assert tmp_path / "unused.py" not in code_files(entry)
+
+
+def test_the_packages_that_a_file_lies_in_count(tmp_path):
+    """Importing it runs them, also where it imports nothing itself."""
+    entry = tmp_path / "outer" / "inner" / "toy.py"
+    entry.parent.mkdir(parents=True)
+    packages = [entry.with_name("__init__.py"), entry.parent.with_name("__init__.py")]
+    for path in (entry, *packages):
+        path.write_text("x = 1\n")
+    assert set(code_files(entry)) == {entry, *packages}
+
+
+@pytest.mark.parametrize("place", ["added", ".", "package"])
+def test_what_a_plugin_finds_along_the_path_counts(tmp_path, monkeypatch, place):
+    """In a folder that it has added, at the root of the checkout, beside its package; but nothing that is installed."""
+    monkeypatch.setattr(code_digest, "ROOT", tmp_path)
+    entry, helper = tmp_path / "toy.py", tmp_path / place / "nearby.py"
+    if place == "package":
+        entry, helper = tmp_path / "parts" / "toy.py", tmp_path / "nearby.py"
+    folders = [tmp_path / "site-packages", helper.parent]
+    for folder in (*folders, entry.parent):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.syspath_prepend(folder)
+        (folder / "nearby.py").write_text("x = 1\n")
+    (entry.parent / "nearby.py").unlink()
+    helper.write_text("x = 1\n")
+    if place == "package":
+        (entry.parent / "__init__.py").touch()
+    entry.write_text("import nearby\n")
+    assert helper in code_files(entry)
+    assert tmp_path / "site-packages" / "nearby.py" not in code_files(entry)
 
 
 def test_where_a_plugin_lies_and_what_it_is_called_does_not_count(tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,16 +13,13 @@ from conftest import ROOT, TOY, tiny_spec, written
 from test_interruption import trainer_of
 from test_leaderboard import CONTEXT, measure_record, train_record
 
-from harness import freshness, measuring, render, same_results, workers
+from harness import freshness, measuring, render, workers
 from harness.cells import load_run
-from harness.code_comparison import first_difference
 from harness.data.dataset import open_data
 from harness.device import plan
-from harness.errors import UserError
 from harness.identity import Identity
 from harness.leaderboard import tables
 from harness.records import Store, identify, load_all
-from harness.same_results import Evidence
 from harness.surveyboard import surveys
 from harness.training.snapshots import read_state, save_state
 from methods.core.registry import available, is_builtin
@@ -76,7 +72,12 @@ def run_here(arguments):
         "batch": 2, "seconds": 1.0, "speed_up": 1.5, "speed_up_interval": [1.4, 1.6], "measured": True,
         **{name: {"p50_ms": 1.0, "warm": True, "noise": 1.0, "peak_bytes": 1, "operations": 9} for name in ("dense", "deployed")},
     }  # fmt: skip
-    measuring.measure = lambda job: iter([(number, latency) for number in range(len(job.conditions))])
+
+    def measure(job):
+        assert job.subject.code == freshness.code_digest(job.subject.method)  # what the process that times must find
+        return iter([(number, latency) for number in range(len(job.conditions))])
+
+    measuring.measure = measure
     workers.start_server = lambda: None
     sys.path.insert(0, str(ROOT))
     import bench as command
@@ -162,8 +163,15 @@ def test_a_plugin_that_does_something_else_is_run_anew(again):
     (old,) = (
         record["plugin_code"] for record in before.values() if record["kind"] == "train" and record["method"] == "toy"
     )
-    assert f"§ made by other code than what is here: toy (code {old[:6]});" in (results / "leaderboard.md").read_text()
-    assert (results / "leaderboard.md").read_text().count(" § |") == 2  # the old row, and its time
+    board = (results / "leaderboard.md").read_text()
+    line = f"- § made by an earlier version of the plug-in: toy (code {old[:6]}); delete its records to drop the row"
+    assert line in board
+    assert "--stale redo" not in board.split("How to read")[0]  # nothing that it would make again
+    assert board.count(" § |") == 2  # the old row, and its time
+    told = run(spec, results, "--stale", "redo", plugin=plugin)
+    assert set(verbs(told).values()) == {"present"}
+    assert "made by other code" not in told
+    assert stored(results) == after
 
 
 def test_what_other_code_has_trained_is_kept_and_marked_or_made_again(again):
@@ -387,102 +395,3 @@ def test_stale_must_be_keep_or_redo(here):
     done = here("--stale", "yes")
     assert done.returncode == 2
     assert "'yes' must be keep or redo" in done.stderr
-
-
-# What was shown to give the same results.
-
-
-@pytest.fixture
-def listed(tmp_path, monkeypatch):
-    """An empty list."""
-    monkeypatch.setattr(same_results, "FILE", tmp_path / "same_results.yaml")
-    same_results.listed.cache_clear(), same_results._linked.cache_clear()
-    yield tmp_path / "same_results.yaml"
-    same_results.listed.cache_clear(), same_results._linked.cache_clear()
-
-
-def evidence(one, other):
-    return Evidence(
-        digests=[one * 64, other * 64], commits=["c", "d-dirty"], date="2026-01-01", versions={"torch": "2"},
-        rows={"random": {"keep_rate": 0.7}}, backbones=["plain"], results="0" * 64,
-    )  # fmt: skip
-
-
-def test_pairs_link_digests_of_one_method_and_revision(listed):
-    assert not same_results.are_same("m", 1, "a" * 64, "b" * 64)
-    assert same_results.add("m", 1, evidence("a", "b"))
-    assert same_results.add("m", 1, evidence("c", "b"))
-    assert not same_results.add("m", 1, evidence("a", "c"))  # known
-    assert same_results.are_same("m", 1, "c" * 64, "a" * 64)
-    assert not same_results.are_same("m", 2, "c" * 64, "a" * 64)
-    assert not same_results.are_same("n", 1, "c" * 64, "a" * 64)
-    assert not same_results.are_same("m", 1, "d" * 64, "a" * 64)
-    assert listed.read_text().startswith("# ")
-    assert len(yaml.safe_load(listed.read_text())["methods"]["m"][1]) == 2
-
-
-def test_rows_of_code_that_gives_the_same_are_not_marked(listed, tmp_path):
-    here = freshness.code_digest("random")
-    row = train_record("r", "random", {}, 0, [True, False]) | {"code": {"digest": "e" * 64}}
-    assert table_of(tmp_path / "r", row).rows[0].code == "other"
-    pair = evidence("e", "e").model_copy(update={"digests": ["e" * 64, here]})
-    same_results.add("random", 1, pair)
-    assert table_of(tmp_path / "r", row).rows[0].code == "this"
-
-
-def test_a_line_without_its_evidence_is_refused(listed):
-    content = evidence("a", "b").model_dump()
-    del content["results"]
-    listed.write_text(yaml.safe_dump({"methods": {"m": {1: [content]}}}))
-    with pytest.raises(UserError, match=r"same_results\.yaml.*results"):
-        same_results.are_same("m", 1, "a" * 64, "b" * 64)
-
-
-def test_the_first_difference_is_named():
-    one = {"random": {"settings": {"a": 1}, "weights": {"x": "1", "y": "2"}, "logs": [1.0, 2.0]}}
-    assert first_difference(one, json.loads(json.dumps(one))) is None
-    other = {"random": {**one["random"], "weights": {"x": "1", "y": "3"}, "logs": [1.0]}}
-    assert first_difference(one, other) == 'random, weights, y: "2" there, "3" here'
-    assert "logs: [1.0, 2.0] there, [1.0] here" in first_difference(
-        one, other | {"random": {**one["random"], "logs": [1.0]}}
-    )
-    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b: null there, 2 here"
-
-
-@pytest.mark.long
-def test_code_is_compared_with_a_commit(tmp_path):
-    """In a clone: another name gives the same results and is written down; another number does not."""
-    clone = tmp_path / "clone"
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    for path in subprocess.run(
-        [*git, "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
-    ).stdout.split():
-        if (ROOT / path).is_file() and path.endswith((".py", ".cpp", ".h", ".yaml")):
-            shutil.copy(ROOT / path, clone / path)
-    subprocess.run([*git, "-C", str(clone), "commit", "--quiet", "--allow-empty", "-am", "here"], check=True)
-    file, target = clone / "methods" / "random.py", clone / "methods" / "same_results.yaml"
-
-    def compared(*arguments):
-        return subprocess.run(
-            [sys.executable, str(clone / "bench.py"), "check", "random", "--same-results", *arguments],
-            cwd=clone, capture_output=True, text=True,
-        )  # fmt: skip
-
-    original = file.read_text()
-    file.write_text(original.replace("import methods\n", "import methods\n\nUNUSED = 1\n", 1))
-    done = compared()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the same results as at HEAD" in done.stdout
-    (pair,) = yaml.safe_load(target.read_text())["methods"]["random"][1]
-    assert pair["commits"][1].endswith("-dirty")
-    changed = original.replace("Noise(self.seed, 0, seen)", "Noise(self.seed, 1, seen)")
-    assert changed != original
-    file.write_text(changed)
-    done = compared()
-    assert done.returncode == 1
-    assert "other results than at HEAD" in done.stdout
-    assert len(yaml.safe_load(target.read_text())["methods"]["random"][1]) == 1
-    assert compared("--against", "nothing").returncode == 2
-    worktrees = subprocess.run([*git, "-C", str(clone), "worktree", "list"], capture_output=True, text=True).stdout
-    assert len(worktrees.splitlines()) == 1
