@@ -12,7 +12,15 @@ from pathlib import Path
 from harness.spec import ROOT
 
 PACKAGE = ROOT / "methods"
-NATIVE = {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}  # sources that a package compiles when it is used
+NATIVE = {
+    ".c",
+    ".cc",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".h",
+    ".hpp",
+}  # sources that a package compiles when it is used; their comments count
 INSTALLED = {"site-packages", "dist-packages"}  # what lies beside a module there has nothing to do with it
 NO_MEANING = {"ctx", "kind", "type_comment"}  # fields of nodes that follow from others
 

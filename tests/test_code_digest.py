@@ -125,6 +125,17 @@ def changed(node: ast.AST) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["a // b", "a % b", "a + b", "x = 1e30", "x = -1", "x = 0.0", "x = True", "x = False", "x = 1e400", "return"],
+)
+def test_a_changed_node_means_something_else(code):
+    tree = ast.parse(code)
+    before = canonical(tree)
+    assert changed(next(node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.BinOp | ast.Return)))
+    assert canonical(tree) != before
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(SOURCES), st.integers(0, 10**6))
 def test_any_change_of_any_file_counts(path, number):
@@ -198,25 +209,26 @@ def test_the_packages_that_a_file_lies_in_count(tmp_path):
     assert set(code_files(entry)) == {entry, *packages}
 
 
-@pytest.mark.parametrize("place", ["added", ".", "package"])
-def test_what_a_plugin_finds_along_the_path_counts(tmp_path, monkeypatch, place):
-    """In a folder that it has added, at the root of the checkout, beside its package; but nothing that is installed."""
+@pytest.mark.parametrize(
+    ("entry", "helper"),
+    [
+        ("toy.py", "added/nearby.py"),
+        ("toy.py", "nearby.py"),
+        ("parts/toy.py", "nearby.py"),
+        ("parts/toy.py", "parts/nearby.py"),
+    ],
+)
+def test_what_a_plugin_finds_along_the_path_counts(tmp_path, monkeypatch, entry, helper):
+    """In a folder that it has added, beside it at the root of the checkout, above its package; but nothing that is installed."""
     monkeypatch.setattr(code_digest, "ROOT", tmp_path)
-    entry, helper = tmp_path / "toy.py", tmp_path / place / "nearby.py"
-    if place == "package":
-        entry, helper = tmp_path / "parts" / "toy.py", tmp_path / "nearby.py"
-    folders = [tmp_path / "site-packages", helper.parent]
-    for folder in (*folders, entry.parent):
-        folder.mkdir(exist_ok=True)
+    entry, helper, installed = tmp_path / entry, tmp_path / helper, tmp_path / "site-packages" / "installed.py"
+    for path in (entry, helper, installed, tmp_path / "parts" / "__init__.py"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x = 1\n")
+    for folder in (installed.parent, tmp_path / "added", tmp_path):
         monkeypatch.syspath_prepend(folder)
-        (folder / "nearby.py").write_text("x = 1\n")
-    (entry.parent / "nearby.py").unlink()
-    helper.write_text("x = 1\n")
-    if place == "package":
-        (entry.parent / "__init__.py").touch()
-    entry.write_text("import nearby\n")
-    assert helper in code_files(entry)
-    assert tmp_path / "site-packages" / "nearby.py" not in code_files(entry)
+    entry.write_text("import nearby\nimport installed\n")
+    assert set(code_files(entry)) - {tmp_path / "parts" / "__init__.py"} == {entry, helper}
 
 
 def test_where_a_plugin_lies_and_what_it_is_called_does_not_count(tmp_path):
