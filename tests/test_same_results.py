@@ -277,7 +277,7 @@ def test_code_is_compared_with_a_commit(tmp_path):
     assert "the same results as at HEAD" in done.stdout
     (pair,) = yaml.safe_load(target.read_text())["methods"]["random"][1]
     assert pair["commits"][1].endswith("-dirty")
-    assert len(pair["rows"]) == len(pair["events"]) == 3  # those of the committed records; the defaults are one of them
+    assert len(pair["rows"]) == len(pair["events"]) == 4  # those of the committed records, and the defaults
     changed = original.replace("Noise(self.seed, 0, seen)", "Noise(self.seed, 1, seen)")
     assert changed != original
     file.write_text(changed)
