@@ -47,7 +47,8 @@ def test_the_crossed_analysis_is_the_two_way_layout(table):
     assert found.freedom == pytest.approx(freedom, rel=1e-6)
     assert found.p_value == pytest.approx(2 * t.sf(abs(table.mean()) / error, freedom), rel=1e-6, abs=1e-12)
     half = t.ppf(0.975, freedom) * error
-    assert found.interval == pytest.approx((table.mean() - half, table.mean() + half), rel=1e-6, abs=1e-9)
+    ends = np.clip([table.mean() - half, table.mean() + half], -1, 1)
+    assert found.interval == pytest.approx(tuple(ends), rel=1e-6, abs=1e-9)
 
 
 @calm
@@ -67,7 +68,7 @@ def test_without_any_difference_nothing_is_found_and_nothing_is_certain(seeds, i
     assert (found.mean, found.p_value, found.freedom) == (0, 1, seeds - 1)
     low, high = found.interval
     assert low == -high
-    assert high == pytest.approx(t.ppf(0.975, seeds - 1) / images)
+    assert high == pytest.approx(min(t.ppf(0.975, seeds - 1) / images, 1))
 
 
 def test_seeds_that_agree_by_luck_do_not_shorten_the_interval():
