@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,14 +35,15 @@ def run_all(cases: Iterable[Case]) -> int:
 
 def _run(case: Case) -> bool:
     start = time.monotonic()
-    done = subprocess.run(
-        [case.python, "-m", "pytest", "-rf", "--tb=line", "--show-capture=no", *case.arguments],
-        cwd=ROOT,
-        env=os.environ | case.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as cache:  # what one torch has compiled for one processor is not for another
+        done = subprocess.run(
+            [case.python, "-m", "pytest", "-rf", "--tb=line", "--show-capture=no", *case.arguments],
+            cwd=ROOT,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache} | case.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
     lines = [line for line in done.stdout.splitlines() if line.strip()] or ["pytest said nothing"]
     word = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
     print(f"{case.name}: {word} in {time.monotonic() - start:.0f} s: {lines[-1].strip()}", flush=True)
