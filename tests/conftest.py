@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, settings
+
+from methods.core import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,6 +218,27 @@ def bench(*arguments: object, cwd: Path = ROOT, **environment: str) -> subproces
     )
 
 
+@contextlib.contextmanager
+def without_plug_ins() -> Iterator[None]:
+    """As in a new process: it knows none of the methods that other tests have loaded, and leaves none behind."""
+    methods, files = dict(registry._registered), dict(registry._plug_ins)
+    _drop(methods)
+    registry._plug_ins.clear()
+    try:
+        yield
+    finally:
+        _drop({name: cls for name, cls in registry._registered.items() if name not in methods})
+        registry._registered.update(methods)
+        registry._plug_ins.clear()
+        registry._plug_ins.update(files)
+
+
+def _drop(methods: dict[str, type]) -> None:
+    for name, cls in methods.items():
+        if not cls.__module__.startswith("methods."):
+            del registry._registered[name]
+
+
 @pytest.fixture
 def here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
     """The command within this process, for what ends before it does much: importing torch would take most of the time."""
@@ -224,7 +248,7 @@ def here(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
         monkeypatch.syspath_prepend(ROOT)
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, without_plug_ins():
             importlib.import_module("bench").main()
         return subprocess.CompletedProcess(command, ended.value.code, *capsys.readouterr())
 

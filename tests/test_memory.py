@@ -135,7 +135,6 @@ def test_collecting_from_an_image_that_does_not_fit_is_told():
 
 
 def folder_data(folder: Path):
-    (folder / "card.yaml").write_text(f"name: tree\nimage_size: {SIZE}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.data.sources.MEMORY_LIMIT", 0)  # so small a set would be read at once
         return open_data(Data(card=str(folder / "card.yaml"), workers=0), ROOT, str(folder))
@@ -149,6 +148,7 @@ def folder(tmp_path):
             path = tmp_path / split / "ab"[index % 2] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (SIZE, SIZE), (40 * index, 0, 0)).save(path)
+    (tmp_path / "card.yaml").write_text(f"name: tree\nimage_size: {SIZE}\n")
     return tmp_path
 
 
