@@ -56,7 +56,11 @@ class SpinLimit:
     def __enter__(self) -> SpinLimit:
         self.seconds = self.crowded_seconds = 0.0
         self.unwatched = (
-            "one thread" if torch.get_num_threads() < 2 else "" if self.used() else "the system does not say"
+            "one thread"
+            if torch.get_num_threads() < 2
+            else ""
+            if self.used() is not None
+            else "the system does not say"
         )
         if not self.decided and not self.unwatched:
             self._ended.clear()
